@@ -1,0 +1,415 @@
+"""The typed recipe: every scientific choice of a run, checked before anything starts.
+
+A recipe is YAML. Unknown keys are errors that name the nearest known key; booleans are booleans; nothing is read from
+anywhere else. `load_recipe` merges a shipped or user-written file with ``dotted.key=value`` overrides.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, keyword-only, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that cannot be honoured; the message says where, what and what to do."""
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+Positive = Annotated[int, Field(gt=0)]
+Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class TransformerSettings(Settings):
+    """Width, depth and heads of one transformer."""
+
+    width: Positive
+    """Model width."""
+    depth: Positive
+    """Number of blocks."""
+    heads: Positive
+    """Attention heads; must divide the width."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> TransformerSettings:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}; choose heads that do")
+        return self
+
+
+class EncoderSettings(TransformerSettings):
+    """The main encoder, and the tokenizer's encoder, which has the same architecture."""
+
+    class_token: bool = True
+    """Whether a class token is prepended (audio and image: yes, video: no)."""
+
+
+class DecoderSettings(TransformerSettings):
+    """The main decoder, which predicts codes over the whole grid."""
+
+    kind: Literal["swin", "transformer"] = "swin"
+    """Swin blocks over a 2-D grid, or plain transformer blocks over any grid."""
+    window: Positive = 4
+    """Side of the Swin window, in patches."""
+
+
+class EstimatorSettings(Settings):
+    """The tokenizer estimator, from quantized latents to the encoder's embeddings; it has the encoder's width."""
+
+    depth: Positive = 3
+    """Number of transformer blocks."""
+
+
+class QuantizerSettings(Settings):
+    """The residual quantizer; one codebook makes it plain vector quantization."""
+
+    codebooks: Positive = 4
+    """M, the number of residual stages."""
+    codebook_size: Annotated[int, Field(ge=2)] = 256
+    """K, codes per codebook."""
+    dim: Positive = 256
+    """d, width of a code."""
+    norm: Literal["input", "every"] = "input"
+    """Normalise the latent once (Eqs. 1-3 hold as written), or every stage's residual."""
+    decay: Ratio = 0.99
+    """gamma of Eqs. 10 and 12."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    """epsilon of Eq. 11."""
+    init: Literal["kmeans", "uniform"] = "kmeans"
+    """k-means on the first batch, or uniform in [-1, 1] scaled to the input."""
+    kmeans_iterations: Positive = 10
+    """Lloyd steps per stage."""
+    reset_threshold: Annotated[int, Field(ge=0)] = 1
+    """T_u: a code used less often than this in a phase's first batch becomes a random latent of that batch."""
+    beta: Annotated[float, Field(ge=0)] = 0.25
+    """Weight of the commitment term of Eq. 5."""
+    cosine_weight: Annotated[float, Field(ge=0)] = 1.0
+    """lambda_cos of Eq. 7."""
+
+
+class ModelSettings(Settings):
+    """All four components."""
+
+    encoder: EncoderSettings
+    decoder: DecoderSettings
+    estimator: EstimatorSettings = EstimatorSettings()
+    quantizer: QuantizerSettings = QuantizerSettings()
+
+
+class MaskSettings(Settings):
+    """What the encoder phase hides."""
+
+    kind: Literal["random", "time_frequency", "tube"] = "random"
+    """Random patches; whole rows and columns of a 2-D grid; or the same patches at every time step."""
+    ratio: Ratio = 0.8
+    """Share of patches hidden."""
+
+
+class DataSettings(Settings):
+    """Where clips come from and how they are read."""
+
+    shards: list[str] | None = None
+    """Paths, globs or brace patterns; local, s3://, https:// or pipe:. `builtin:MODALITY` is the sample that ships."""
+    heldout: list[str] | None = None
+    """The same, for the clips that only evaluation sees; none: no held-out evaluation."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Loader processes per rank."""
+    shuffle_block: Positive = 16
+    """Neighbouring samples that stay together when blocks are permuted."""
+    shuffle_window: Positive = 64
+    """Permuted blocks whose samples are then mixed."""
+    max_corrupt: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of samples that may fail to decode before the run stops."""
+    cache: str | None = None
+    """Folder for remote shards; default: the user's cache folder."""
+    cache_gb: Annotated[float, Field(gt=0)] = 50.0
+    """Bound on that folder, in gigabytes (10^9 bytes)."""
+
+
+class TrainSettings(Settings):
+    """The optimizer and the loop."""
+
+    batch_size: Positive
+    """Clips per optimizer step over all ranks and accumulation steps."""
+    micro_batch_size: Positive | None = None
+    """Clips per forward pass and rank at most; none: batch_size over the number of ranks."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """AdamW's decay of matrices; biases and norms have none."""
+    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    """Norm to which gradients are clipped; 0: not at all."""
+    log_every: Positive = 10
+    """Optimizer steps between two rows of metrics."""
+    checkpoint_every: Positive = 500
+    """Optimizer steps between two checkpoints."""
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between two held-out evaluations; 0: only at the end of a phase."""
+    evaluate_clips: Positive = 256
+    """Held-out clips looked at, at most."""
+    prometheus_port: Annotated[int, Field(ge=0, le=65535)] = 9464
+    """Port of rank 0's metrics; a taken port is replaced by a free one, which is logged; 0: off."""
+
+
+class ColdStartPhase(Settings):
+    """Iteration 1's tokenizer: a frozen random projection, its quantizer initialised on the first batch."""
+
+    kind: Literal["cold_start"]
+
+
+class TrainedPhase(Settings):
+    """What encoder and tokenizer phases share: a length and a learning rate."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate: linear warm-up, then cosine to 0."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length in passes over the data; give this or `steps`."""
+    steps: Positive | None = None
+    """Length in optimizer steps; give this or `epochs`."""
+    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
+    """Warm-up in passes over the data."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Warm-up in optimizer steps."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainedPhase:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give a phase either epochs or steps")
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            raise ValueError("give a phase either warmup_epochs or warmup_steps")
+        return self
+
+
+class EncoderPhase(TrainedPhase):
+    """Eq. 4: encoder and decoder learn to predict the frozen tokenizer's codes of masked patches."""
+
+    kind: Literal["encoder"]
+    init: Literal["continue", "scratch"] = "continue"
+    """Start from the previous encoder phase's weights, or afresh."""
+
+
+class TokenizerPhase(TrainedPhase):
+    """Eqs. 5-7: a fresh tokenizer and estimator learn from the frozen encoder."""
+
+    kind: Literal["tokenizer"]
+
+
+Phase = Annotated[ColdStartPhase | EncoderPhase | TokenizerPhase, Field(discriminator="kind")]
+
+
+class Recipe(Settings):
+    """One run."""
+
+    modality: str
+    """Name in the registry of modalities."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of weights, order, augmentation and masks."""
+    clip: dict[str, Any] = {}
+    """The modality's own settings (see bridle/modalities/)."""
+    model: ModelSettings
+    mask: MaskSettings = MaskSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings
+    phases: Annotated[list[Phase], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _phases_follow_each_other(self) -> Recipe:
+        seen: set[str] = set()
+        for i, phase in enumerate(self.phases):
+            if phase.kind == "encoder" and not seen & {"cold_start", "tokenizer"}:
+                raise ValueError(f"phases.{i} is an encoder phase without a tokenizer before it; begin with cold_start")
+            if phase.kind == "tokenizer" and "encoder" not in seen:
+                raise ValueError(f"phases.{i} is a tokenizer phase without an encoder before it to learn from")
+            seen.add(phase.kind)
+        return self
+
+
+SIZES: dict[str, dict[str, dict[str, int]]] = {
+    "tiny": {
+        "encoder": {"width": 96, "depth": 4, "heads": 3},
+        "decoder": {"width": 64, "depth": 2, "heads": 2},
+        "estimator": {"depth": 1},
+    },
+    "small": {
+        "encoder": {"width": 384, "depth": 12, "heads": 6},
+        "decoder": {"width": 256, "depth": 8, "heads": 8},
+        "estimator": {"depth": 3},
+    },
+    "base": {
+        "encoder": {"width": 768, "depth": 12, "heads": 12},
+        "decoder": {"width": 512, "depth": 16, "heads": 16},
+        "estimator": {"depth": 3},
+    },
+    "large": {
+        "encoder": {"width": 1024, "depth": 24, "heads": 16},
+        "decoder": {"width": 512, "depth": 16, "heads": 16},
+        "estimator": {"depth": 3},
+    },
+}
+"""What `model.size` stands for; keys given beside it win."""
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes inside the package."""
+    folder = resources.files("bridle") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for an unknown word, or the list of known ones when nothing is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+
+
+def parse_settings(cls: type[SettingsT], mapping: Mapping[str, Any], where: str) -> SettingsT:
+    """Builds settings from plain data.
+
+    Raises:
+        RecipeError: one line per fault, naming `where`, the key, what was found and what was expected.
+    """
+    try:
+        return cls.model_validate(dict(mapping))
+    except ValidationError as error:
+        lines = [_explain(cls, detail, where) for detail in error.errors()]
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads a shipped recipe by name or a YAML file by path, and applies ``dotted.key=value`` overrides.
+
+    Raises:
+        RecipeError: unknown recipe, unknown key, wrong value, malformed YAML or override.
+    """
+    raw = _read(name)
+    for override in overrides:
+        _apply(raw, override)
+    return recipe_from_mapping(raw, name)
+
+
+def recipe_from_mapping(raw: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe from plain data; `model.size` is replaced by what it stands for.
+
+    Raises:
+        RecipeError: see `parse_settings`.
+    """
+    raw = dict(raw)
+    if isinstance(raw.get("model"), Mapping):
+        raw["model"] = _expand_size(raw["model"], where)
+    return parse_settings(Recipe, raw, f"recipe {where}")
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise RecipeError(f"recipe {name}: no such file; give a path to a YAML file or one of: {_names()}")
+        text = path.read_text(encoding="utf-8")
+    elif name in shipped_recipes():
+        text = (resources.files("bridle") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise RecipeError(f"recipe '{name}' is unknown{nearest(name, shipped_recipes())} (or give a FILE.yaml)")
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {name}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"recipe {name}: found {type(raw).__name__}, expected a mapping of settings")
+    return raw
+
+
+def _names() -> str:
+    return ", ".join(shipped_recipes())
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise RecipeError(f"override '{override}': expected dotted.key=value, for example train.batch_size=16")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"override '{override}': the value is not valid YAML") from None
+    *parents, last = dotted.split(".")
+    node: Any = raw
+    for key in parents:
+        node = _child(node, key, override)
+    if isinstance(node, list):
+        node[_list_index(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise RecipeError(f"override '{override}': nothing below '{'.'.join(parents)}' can be set")
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_list_index(node, key, override)]
+    if not isinstance(node, dict):
+        raise RecipeError(f"override '{override}': nothing below a plain value can be set")
+    if not isinstance(node.get(key), (dict, list)):
+        node[key] = {}
+    return node[key]
+
+
+def _list_index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise RecipeError(f"override '{override}': '{key}' is no position in a list of {len(node)} (they count from 0)")
+    return int(key)
+
+
+def _expand_size(model: Mapping[str, Any], where: str) -> dict[str, Any]:
+    model = dict(model)
+    size = model.pop("size", None)
+    if size is None:
+        return model
+    if size not in SIZES:
+        raise RecipeError(f"recipe {where}: model.size '{size}' is unknown{nearest(str(size), SIZES)}")
+    for part, defaults in SIZES[size].items():
+        given = model.get(part, {})
+        if isinstance(given, Mapping):
+            model[part] = {**defaults, **given}
+    return model
+
+
+def _explain(cls: type[Settings], detail: Any, where: str) -> str:
+    path = [part for part in detail["loc"] if part not in {"cold_start", "encoder", "tokenizer"} or part == detail["loc"][-1]]
+    key = ".".join(str(part) for part in path) or "(whole)"
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(cls, detail["loc"][:-1])
+        return f"{where}: unknown key '{key}'{nearest(str(detail['loc'][-1]), known)}"
+    if detail["type"] == "missing":
+        return f"{where}: '{key}' is missing; add it"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{where}: '{key}' = {detail['input']!r}: {message}" if path and detail["type"] != "value_error" else f"{where}: {key}: {message}"
+
+
+def _known_keys(cls: type[Settings], loc: tuple[int | str, ...]) -> set[str]:
+    """Field names of the settings class that `loc` leads to."""
+    classes: list[Any] = [cls]
+    for part in loc:
+        below: list[Any] = []
+        for owner in classes:
+            if part in owner.model_fields:
+                below += _settings_in(owner.model_fields[part].annotation)
+        classes = below or classes
+        tagged = [c for c in classes if "kind" in c.model_fields and part in get_args(c.model_fields["kind"].annotation)]
+        classes = tagged or classes
+    return {name for owner in classes for name in owner.model_fields}
+
+
+def _settings_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    return [found for argument in get_args(annotation) for found in _settings_in(argument)]

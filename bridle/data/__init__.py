@@ -1,0 +1,1 @@
+"""Shards, their index, and the deterministic, resumable stream: knows nothing of models."""

@@ -1,0 +1,1 @@
+"""Codebook statistics and reports: reads model folders and run folders, never DeepSpeed's checkpoints."""

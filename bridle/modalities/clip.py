@@ -1,0 +1,119 @@
+"""What every modality turns bytes into, and how it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from bridle.config import Settings
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One window of content, normalised, at the size a model takes.
+
+    values: float32 ``[C, *size]``; ``size`` is the grid times the patch (audio ``[1, T, F]``, image ``[3, H, W]``,
+        video ``[3, T, H, W]``).
+    grid: patches along each axis, in the order of the axes, e.g. ``{"time": 64, "frequency": 8}``.
+    valid: patches along the first axis that hold content; the rest is padding, whose codes are cut.
+    start_s, duration_s: seconds of content from the beginning of the source and in this window; none without time.
+    """
+
+    values: torch.Tensor
+    grid: dict[str, int]
+    valid: int
+    start_s: float | None = None
+    duration_s: float | None = None
+
+
+class ClipError(ValueError):
+    """Content that cannot become a clip. The message names what was found, what was expected and what to do."""
+
+
+class UndecodableError(ClipError):
+    """Corrupt, truncated, empty or not finite."""
+
+
+class WrongKindError(ClipError):
+    """A kind of file that the modality does not take."""
+
+
+class TooLargeError(ClipError):
+    """Above a limit; the message names the limit and its value."""
+
+
+class Limits(Settings):
+    """Bounds on what a decoder may be asked to unfold, checked before and while decoding."""
+
+    max_bytes: Annotated[int, Field(gt=0)] = 512_000_000
+    """Encoded bytes of one item."""
+    max_seconds: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds of sound or video."""
+    max_pixels: Annotated[int, Field(gt=0)] = 50_000_000
+    """Pixels of one picture or frame."""
+    max_frames: Annotated[int, Field(gt=0)] = 36_000
+    """Frames of a video that may be decoded."""
+
+
+class Modality(Protocol):
+    """A modality: bytes in, `Clip`s out. One file in this folder implements it; the registry names the file.
+
+    Construct with ``(settings, limits)``. Stateless after construction: safe to share between threads and to pickle.
+    """
+
+    name: ClassVar[str]
+    axes: ClassVar[tuple[str, ...]]
+    """Names of the grid's axes, the first one being time where time exists."""
+    extensions: ClassVar[tuple[str, ...]]
+    """File name endings (lower case, no dot) of the shard members it reads, by preference."""
+    settings_class: ClassVar[type[Settings]]
+    channels: ClassVar[int]
+
+    settings: Any
+    limits: Limits
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """Size of a patch along each axis."""
+        ...
+
+    @property
+    def grid(self) -> dict[str, int]:
+        """Patches along each axis of a training clip."""
+        ...
+
+    @property
+    def positions_per_second(self) -> float | None:
+        """Grid positions per second of content; none where there is no time."""
+        ...
+
+    @classmethod
+    def recognises(cls, head: bytes) -> bool:
+        """Whether the first 4 KiB of a file look like this modality's (by content, never by name)."""
+        ...
+
+    def training_clip(self, data: bytes, rng: np.random.Generator) -> Clip:
+        """One augmented clip of the training size; all randomness comes from `rng`.
+
+        Raises:
+            ClipError
+        """
+        ...
+
+    def windows(self, data: bytes) -> Iterator[Clip]:
+        """Consecutive clips of the training size that cover the whole content, no augmentation; the last is padded.
+
+        Raises:
+            ClipError
+        """
+        ...
+
+    def picture(self, clip: Clip) -> np.ndarray:
+        """For people: uint8 ``[H, W, 3]`` of a clip, or ``[T, H, W, 3]`` where a clip has frames. Axis order for
+        audio: frequency upwards, time to the right."""
+        ...

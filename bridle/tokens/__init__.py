@@ -1,0 +1,1 @@
+"""Code streams and what language models eat."""

@@ -1,0 +1,1 @@
+"""Phases, the DeepSpeed engine of a phase, the loop, checkpoints and metrics."""
