@@ -1,0 +1,65 @@
+"""The `bridle` command: finds the command's file, parses, runs it, and turns mistakes into one clear line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from bridle.config import RecipeError
+
+COMMANDS = ("doctor", "shards", "export", "tokenize", "codebooks", "report", "serve")
+"""Each is a file in bridle/commands/."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0 on success, 2 on a wrong argument, 1 on failure."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    return report_mistakes("bridle", lambda: _dispatch(arguments))
+
+
+def report_mistakes(program: str, job: Callable[[], int]) -> int:
+    """Runs `job` and prints a user's mistake as one line instead of a traceback; returns the exit code."""
+    try:
+        return job()
+    except RecipeError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at exit
+        return 0
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bridle", description="Discrete tokens of sound, images and video.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    wanted = next((word for word in arguments if not word.startswith("-")), None)
+    for name in COMMANDS:
+        if wanted in COMMANDS and name != wanted:
+            commands.add_parser(name)
+            continue
+        module = importlib.import_module(f"bridle.commands.{name}")
+        module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.HELP))
+    args = parser.parse_args(arguments)
+    if args.version:
+        from bridle import __version__
+
+        print(f"bridle {__version__}")
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    return int(importlib.import_module(f"bridle.commands.{args.command}").run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

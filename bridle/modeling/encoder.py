@@ -1,0 +1,50 @@
+"""The main encoder, a vision transformer over the patches it is shown."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bridle.config import EncoderSettings
+from bridle.modeling.blocks import TransformerBlocks, start_weights
+from bridle.modeling.patches import PatchShape, gather_positions
+from bridle.modeling.positions import sincos_positions
+
+
+class Encoder(nn.Module):
+    """E of the paper; the tokenizer's encoder is another instance with its own weights.
+
+    Patches, linear embedding, fixed positions of the grid at hand, transformer blocks, a final norm.
+    """
+
+    def __init__(self, settings: EncoderSettings, patch: PatchShape) -> None:
+        super().__init__()
+        self.patch = patch
+        self.width = settings.width
+        self.embed = nn.Linear(patch.numel, settings.width)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, settings.width)) if settings.class_token else None
+        self.blocks = TransformerBlocks(settings.width, settings.depth, settings.heads)
+        self.norm = nn.LayerNorm(settings.width)
+        start_weights(self, [] if self.class_token is None else [self.class_token])
+
+    def forward(self, values: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Embeds a clip, or the part of it that is visible.
+
+        values: ``[B, C, *S]``; visible: int64 ``[B, n]``, positions to look at, or none for all N.
+        Returns ``[B, n, width]``, after the final norm, with the class token in front where there is one.
+        """
+        grid = self.patch.grid(values)
+        patches = self.patch.cut(values)
+        positions = sincos_positions(grid, self.width).to(self.embed.weight)
+        if visible is None:
+            tokens = self.embed(patches.to(positions)) + positions
+        else:
+            tokens = self.embed(gather_positions(patches, visible).to(positions)) + positions[visible]
+        if self.class_token is not None:
+            tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1).to(tokens), tokens], dim=1)
+        return self.norm(self.blocks(tokens, grid))
+
+    def embeddings(self, values: Tensor) -> Tensor:
+        """Patch embeddings of the whole clip, without class token: ``[B, N, width]``. What the tokenizer learns from."""
+        tokens = self(values)
+        return tokens if self.class_token is None else tokens[:, 1:]

@@ -1,0 +1,32 @@
+"""Fixed sine-cosine positions for any grid."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=64)
+def sincos_positions(grid: tuple[int, ...], width: int) -> Tensor:
+    """Position table of a grid, float32 ``[N, width]``, N row-major (the order of `PatchShape.cut`).
+
+    The width is shared out evenly over the axes; along each, sines and cosines of geometrically spaced frequencies
+    (Vaswani et al. 2017, per axis as in MAE). What does not divide by twice the number of axes stays zero.
+
+    Raises:
+        ValueError: a width too small for the number of axes.
+    """
+    per_axis = width // (2 * len(grid))
+    if per_axis == 0:
+        raise ValueError(f"width {width} is too small for positions on {len(grid)} axes; it must be {2 * len(grid)} or more")
+    frequencies = 1.0 / 10000 ** (torch.arange(per_axis, dtype=torch.float64) / per_axis)
+    axes = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    table = torch.zeros(axes[0].numel(), width, dtype=torch.float64)
+    for i, axis in enumerate(axes):
+        angles = axis.reshape(-1, 1) * frequencies
+        start = 2 * per_axis * i
+        table[:, start : start + per_axis] = angles.sin()
+        table[:, start + per_axis : start + 2 * per_axis] = angles.cos()
+    return table.float()

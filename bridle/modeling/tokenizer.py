@@ -1,0 +1,91 @@
+"""Tokenizers turn a clip into codes: the cold start's random projection, and the learned one with its estimator."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bridle.config import EncoderSettings, EstimatorSettings, QuantizerSettings
+from bridle.modeling.blocks import TransformerBlocks, start_weights
+from bridle.modeling.encoder import Encoder
+from bridle.modeling.patches import PatchShape
+from bridle.modeling.positions import sincos_positions
+from bridle.modeling.quantizer import ResidualQuantizer
+
+
+class Tokenizer(nn.Module):
+    """A map from clips to latents, and the residual quantizer behind it.
+
+    Subclasses implement `latents`; the quantizer normalises them.
+    """
+
+    def __init__(self, quantizer: QuantizerSettings) -> None:
+        super().__init__()
+        self.quantizer = ResidualQuantizer(quantizer)
+
+    def latents(self, values: Tensor) -> Tensor:
+        """``[B, C, *S]`` to ``[B, N, d]``, before normalisation."""
+        raise TypeError("use ColdStartTokenizer or LearnedTokenizer")
+
+    def codes(self, values: Tensor) -> Tensor:
+        """``[B, C, *S]`` to int64 codes ``[B, N, M]``. Changes no state."""
+        return self.quantizer.encode(self.latents(values)).codes
+
+
+class ColdStartTokenizer(Tokenizer):
+    """Iteration 1's: a frozen random linear projection of the patch of the normalised clip.
+
+    No positions are added, so that a target says what is in a patch and not where it is.
+    """
+
+    def __init__(self, quantizer: QuantizerSettings, patch: PatchShape) -> None:
+        super().__init__(quantizer)
+        self.patch = patch
+        self.projection = nn.Linear(patch.numel, quantizer.dim, bias=False)
+        nn.init.xavier_normal_(self.projection.weight)
+        self.projection.requires_grad_(False)
+
+    def latents(self, values: Tensor) -> Tensor:
+        """See `Tokenizer.latents`."""
+        latents: Tensor = self.projection(self.patch.cut(values).to(self.projection.weight))
+        return latents
+
+
+class LearnedTokenizer(Tokenizer):
+    """T of the paper: an encoder of E's architecture, then Linear, Tanh, Linear to d."""
+
+    def __init__(self, encoder: EncoderSettings, quantizer: QuantizerSettings, patch: PatchShape) -> None:
+        super().__init__(quantizer)
+        self.encoder = Encoder(encoder, patch)
+        self.head = nn.Sequential(
+            nn.Linear(encoder.width, encoder.width), nn.Tanh(), nn.Linear(encoder.width, quantizer.dim)
+        )
+        start_weights(self.head)
+
+    def latents(self, values: Tensor) -> Tensor:
+        """See `Tokenizer.latents`."""
+        latents: Tensor = self.head(self.encoder.embeddings(values))
+        return latents
+
+
+class Estimator(nn.Module):
+    """TE of the paper: predicts the main encoder's embeddings from quantized latents.
+
+    It gets the positions of the grid, so that codes need not spend capacity on them.
+    """
+
+    def __init__(self, settings: EstimatorSettings, encoder: EncoderSettings, quantizer: QuantizerSettings) -> None:
+        super().__init__()
+        self.width = encoder.width
+        self.embed = nn.Linear(quantizer.dim, encoder.width)
+        self.blocks = TransformerBlocks(encoder.width, settings.depth, encoder.heads)
+        self.norm = nn.LayerNorm(encoder.width)
+        self.head = nn.Linear(encoder.width, encoder.width)
+        start_weights(self)
+
+    def forward(self, quantized: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """``[B, N, d]`` to ``[B, N, width]``."""
+        tokens = self.embed(quantized.to(self.embed.weight.dtype))
+        tokens = self.blocks(tokens + sincos_positions(grid, self.width).to(tokens), grid)
+        estimate: Tensor = self.head(self.norm(tokens))
+        return estimate
+
