@@ -1,0 +1,220 @@
+"""The index of one tar: where every member of every sample begins and how long it is.
+
+``NAME.tar.index`` holds JSON lines. The first is the header::
+
+    {"version": 1, "bytes": 52428800, "samples": 160, "kinds": {"json+wav": 160}, "sha256": "…" or null}
+
+`kinds` counts the samples by the extensions they have. Each further line is one sample, in the order of the tar::
+
+    {"key": "dog/1-100032-A-0", "members": {"wav": [512, 441044], "json": [442368, 96]}}
+
+with [offset, size] in bytes. WebDataset's rule makes a member's key: folder and base name up to its first dot; the rest,
+lower case, is its extension.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bridle.data.errors import ShardError
+from bridle.data.files import written_aside
+
+VERSION = 1
+SUFFIX = ".index"
+KEY_RULE = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
+ZERO_BLOCKS = bytes(2 * tarfile.BLOCKSIZE)
+COPIED_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Header:
+    """First line of an index.
+
+    bytes: size of the tar. samples: lines that follow. kinds: samples by their extensions, sorted and joined by ``+``.
+    sha256: of the tar, hexadecimal; none where nobody has read the whole tar yet.
+    """
+
+    bytes: int
+    samples: int
+    kinds: dict[str, int]
+    sha256: str | None
+
+    def with_any_of(self, extensions: set[str]) -> int:
+        """Samples that have a member of at least one of `extensions`."""
+        return sum(count for kind, count in self.kinds.items() if extensions & set(kind.split("+")))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample: key, and (offset, size) in bytes of each member by extension."""
+
+    key: str
+    members: dict[str, tuple[int, int]]
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and extension of a member by WebDataset's rule; none for a name that makes no sample (``._x``, ``README``)."""
+    match = KEY_RULE.match(name)
+    return (match[1], match[2].lower()) if match else None
+
+
+def scan(path: Path, *, hashed: bool = False) -> tuple[Header, list[Entry]]:
+    """Reads the headers of a whole tar; with `hashed` also every byte, for the sha256.
+
+    Raises:
+        ShardError: not a plain tar, truncated, damaged, or a key that stands in two places.
+    """
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        _refuse_compressed(path, stream)
+        entries = _entries(path, stream, size)
+        digest = _sha256(stream) if hashed else None
+    kinds: dict[str, int] = {}
+    for entry in entries:
+        kind = "+".join(sorted(entry.members))
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return Header(size, len(entries), kinds, digest), entries
+
+
+def _entries(path: Path, stream: BinaryIO, size: int) -> list[Entry]:
+    entries: list[Entry] = []
+    seen: set[str] = set()
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                named = split_name(member.name) if member.isreg() else None
+                tar.members = []  # tarfile keeps all it has seen
+                if named is None:
+                    continue
+                key, extension = named
+                if not entries or entries[-1].key != key:
+                    if key in seen:
+                        raise _duplicate(path, member.name, member.offset, f"the key '{key}' stands in two places")
+                    seen.add(key)
+                    entries.append(Entry(key, {}))
+                if extension in entries[-1].members:
+                    raise _duplicate(path, member.name, member.offset, f"two members '{extension}' of the key '{key}'")
+                entries[-1].members[extension] = (member.offset_data, member.size)
+            end = tar.offset
+    except (tarfile.TarError, EOFError) as error:
+        raise ShardError(f"{path}: not a whole tar: {error} (file of {size} bytes); copy or build the shard again") from None
+    _check_end(path, stream, end, size)
+    return entries
+
+
+def _check_end(path: Path, stream: BinaryIO, end: int, size: int) -> None:
+    """tarfile ends without a word at a header that is damaged or cut; only the end mark tells."""
+    stream.seek(end)
+    found = stream.read(len(ZERO_BLOCKS))
+    if len(found) < len(ZERO_BLOCKS):
+        raise ShardError(
+            f"{path}: truncated: at offset {end} found {len(found)} bytes to the end of the file ({size} bytes), expected a "
+            "member or the two zero blocks that end a tar; copy or build the shard again"
+        )
+    if found != ZERO_BLOCKS:
+        raise ShardError(
+            f"{path}: damaged: the 512 bytes at offset {end} are neither a valid header nor the end of a tar; "
+            "copy or build the shard again"
+        )
+    while block := stream.read(COPIED_AT_ONCE):
+        if block.strip(b"\0"):
+            raise ShardError(
+                f"{path}: more data stands behind the end of the tar at offset {end} (were tars joined with cat?); "
+                "build one tar of them, or list them as separate shards"
+            )
+
+
+def _duplicate(path: Path, name: str, offset: int, fault: str) -> ShardError:
+    return ShardError(
+        f"{path}: member '{name}' at offset {offset}: {fault}; keys end at the first dot of the base name, and the members "
+        "of a sample stand next to each other: rename them or build the shard again"
+    )
+
+
+def _refuse_compressed(path: Path, stream: BinaryIO) -> None:
+    head = stream.read(6)
+    stream.seek(0)
+    for magic, tool in ((b"\x1f\x8b", "gunzip"), (b"BZh", "bunzip2"), (b"\xfd7zXZ\0", "unxz"), (b"\x28\xb5\x2f\xfd", "unzstd")):
+        if head.startswith(magic):
+            raise ShardError(f"{path}: compressed; only plain tars can be read by offset: {tool} it first")
+
+
+def _sha256(stream: BinaryIO) -> str:
+    stream.seek(0)
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write(path: Path, header: Header, entries: list[Entry]) -> None:
+    """Writes an index; it appears whole or not at all.
+
+    Raises:
+        ShardError: no room on the disk.
+    """
+    fields = {"version": VERSION, "bytes": header.bytes, "samples": header.samples, "kinds": header.kinds, "sha256": header.sha256}
+    with written_aside(path) as stream:
+        stream.write(_line(fields))
+        for entry in entries:
+            stream.write(_line({"key": entry.key, "members": entry.members}))
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogateescape") + b"\n"
+
+
+def parse_header(line: bytes, where: str) -> Header:
+    """The first line of an index.
+
+    Raises:
+        ShardError: not an index, or of another version.
+    """
+    try:
+        fields = json.loads(line)
+        version = fields["version"]
+        header = Header(int(fields["bytes"]), int(fields["samples"]), dict(fields["kinds"]), fields["sha256"])
+    except (ValueError, KeyError, TypeError):
+        raise ShardError(f"{where}: not an index of a shard; delete it, and it is built again") from None
+    if version != VERSION:
+        raise ShardError(f"{where}: version {version}, expected {VERSION}; delete it, and it is built again")
+    return header
+
+
+def parse_entry(line: bytes) -> Entry:
+    """One further line of an index. Raises ValueError, KeyError or TypeError for a damaged one."""
+    fields = json.loads(line.decode(errors="surrogateescape"))
+    return Entry(fields["key"], {extension: (int(at[0]), int(at[1])) for extension, at in fields["members"].items()})
+
+
+def read_header(path: Path) -> Header:
+    """The header of an index file.
+
+    Raises:
+        ShardError: see `parse_header`.
+        OSError: no such file, or not readable.
+    """
+    with path.open("rb") as stream:
+        return parse_header(stream.readline(COPIED_AT_ONCE), str(path))
+
+
+def read(path: Path) -> tuple[Header, list[Entry]]:
+    """A whole index file.
+
+    Raises:
+        ShardError: not an index, of another version, or damaged.
+        OSError: no such file, or not readable.
+    """
+    header_line, *lines = path.read_bytes().split(b"\n")
+    header = parse_header(header_line, str(path))
+    try:
+        entries = [parse_entry(line) for line in lines if line]
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise ShardError(f"{path}: damaged; delete it, and it is built again") from None
+    if len(entries) != header.samples:
+        raise ShardError(f"{path}: {len(entries)} lines for {header.samples} samples; delete it, and it is built again")
+    return header, entries

@@ -1,0 +1,76 @@
+"""Writing shards: plain tars whose bytes depend on nothing but their content."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bridle.data import index
+from bridle.data.errors import ShardError
+from bridle.data.files import written_aside
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A sample to write: its key, its media file, that file's extension in the shard, and what KEY.json says."""
+
+    key: str
+    source: Path
+    extension: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def json(self) -> bytes:
+        """KEY.json's content: UTF-8, keys sorted."""
+        return json.dumps(self.meta, sort_keys=True, ensure_ascii=False).encode(errors="surrogateescape")
+
+    @property
+    def tar_bytes(self) -> int:
+        """What the sample takes in a tar, long names aside."""
+        return sum(_blocks(size) + tarfile.BLOCKSIZE for size in (self.source.stat().st_size, len(self.json)))
+
+
+def write_shard(path: Path, samples: Iterable[Planned]) -> index.Header:
+    """Writes one tar and its index; the same samples give the same bytes. Neither file is ever seen half written.
+
+    Raises:
+        ShardError: no room on the disk, a source that cannot be read, or two samples of one key.
+    """
+    with written_aside(path) as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for sample in samples:
+            _add(tar, f"{sample.key}.{sample.extension}", _content(sample))
+            _add(tar, f"{sample.key}.json", sample.json)
+    return write_index(path)
+
+
+def write_index(path: Path, where: Path | None = None) -> index.Header:
+    """Indexes and hashes a tar; the index goes beside it, or to `where`.
+
+    Raises:
+        ShardError: see `index.scan`; no room on the disk.
+    """
+    header, entries = index.scan(path, hashed=True)
+    index.write(where or path.with_name(path.name + index.SUFFIX), header, entries)
+    return header
+
+
+def _content(sample: Planned) -> bytes:
+    try:
+        return sample.source.read_bytes()
+    except OSError as error:
+        raise ShardError(f"{sample.source}: cannot be read: {error.strerror}; repair or remove it, and run again") from None
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.mtime = len(content), 0o644, 0
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _blocks(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
