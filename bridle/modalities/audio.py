@@ -1,0 +1,146 @@
+"""Sound: 16 kHz mono, Kaldi-compatible log-mel spectrograms, cut into patches of time by frequency."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from bridle.config import Positive, Settings
+from bridle.modalities.audio_decode import decode, excerpt, kind_of
+from bridle.modalities.clip import Clip, Limits
+from bridle.modalities.fbank import FRAMES_PER_SECOND, HOP, SAMPLE_RATE, WINDOW, fbank, frame_count
+
+FRAME_MULTIPLE = 64
+"""Frames of a clip are a multiple of this: four patches of 16, the side of the Swin decoder's window."""
+
+
+class AudioSettings(Settings):
+    """The `clip` section of an audio recipe. The sample rate is always 16 kHz."""
+
+    seconds: Annotated[float, Field(gt=0.0, le=600.0)] = 10.0
+    """Sound in a training clip, at most."""
+    mel_bins: Annotated[int, Field(ge=4, le=256)] = 128
+    """Mel bands; a multiple of the patch's second side."""
+    patch: tuple[Positive, Positive] = (16, 16)
+    """Frames by mel bands of a patch."""
+    mean: float = -4.4446096
+    """Mean of the log-mel energies over the data set (Table 5: AudioSet)."""
+    std: Annotated[float, Field(gt=0.0)] = 3.3216383
+    """Their standard deviation; clips are (x - mean) / (2 std)."""
+    roll: bool = True
+    """Whether a training clip is rotated in time by a random shift over its whole length."""
+    magnitude: bool = True
+    """Whether a training clip is made louder or softer by a factor beta(10, 10) + 0.5."""
+
+    @model_validator(mode="after")
+    def _patches_fill_the_clip(self) -> AudioSettings:
+        if self.mel_bins % self.patch[1]:
+            raise ValueError(f"patch {self.patch[1]} does not divide mel_bins {self.mel_bins}; choose one that does")
+        if FRAME_MULTIPLE % self.patch[0]:
+            raise ValueError(f"patch {self.patch[0]} does not divide {FRAME_MULTIPLE} frames; choose one that does")
+        return self
+
+    @property
+    def frames(self) -> int:
+        """Frames of a clip: `seconds` in steps of 10 ms, rounded up to a multiple of 64 (10 s: 1024, 5 s: 512)."""
+        return math.ceil(round(self.seconds * FRAMES_PER_SECOND, 6) / FRAME_MULTIPLE) * FRAME_MULTIPLE
+
+
+class Audio:
+    """The audio modality; see `bridle.modalities.clip.Modality`."""
+
+    name: ClassVar[str] = "audio"
+    axes: ClassVar[tuple[str, ...]] = ("time", "frequency")
+    extensions: ClassVar[tuple[str, ...]] = (
+        "flac", "wav", "mp3", "ogg", "oga", "opus", "m4a", "aac", "webm", "mka", "mp4", "mkv", "mov", "avi",
+    )  # fmt: skip
+    settings_class: ClassVar[type[Settings]] = AudioSettings
+    channels: ClassVar[int] = 1
+
+    def __init__(self, settings: AudioSettings, limits: Limits) -> None:
+        self.settings = settings
+        self.limits = limits
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        return self.settings.patch
+
+    @property
+    def grid(self) -> dict[str, int]:
+        return {
+            "time": self.settings.frames // self.settings.patch[0],
+            "frequency": self.settings.mel_bins // self.settings.patch[1],
+        }
+
+    @property
+    def positions_per_second(self) -> float:
+        return FRAMES_PER_SECOND / self.settings.patch[0] * self.grid["frequency"]
+
+    @classmethod
+    def recognises(cls, head: bytes) -> bool:
+        """Whether this may be sound. Containers that hold films too (mp4, webm, mkv, avi) are: a film has sound."""
+        return kind_of(head) is not None
+
+    def training_clip(self, data: bytes, rng: np.random.Generator) -> Clip:
+        """A random crop, rolled and scaled (AudioMAE's augmentations); float32 ``[1, frames, mel_bins]``.
+
+        Raises:
+            ClipError: the bytes cannot be decoded, or lie beyond a limit.
+        """
+        samples = excerpt(data, self.limits, self.settings.seconds, rng.random())
+        if self.settings.roll:
+            samples = np.roll(samples, rng.integers(len(samples)))
+        if self.settings.magnitude:
+            samples = samples * np.float32(rng.beta(10, 10) + 0.5)
+        return self._clip(samples, start_s=None, duration_s=len(samples) / SAMPLE_RATE)
+
+    def windows(self, data: bytes) -> Iterator[Clip]:
+        """Clips at every `frames` * 160 samples, so that their valid patches join to one stream of constant rate.
+
+        Window k sees the samples from k * frames * 160 on, as many as `frames` frames need (240 more than the step),
+        whatever follows. A window exists where at least one frame (400 samples) is left; fewer remaining samples count
+        to the last window's duration. Memory: a window and a block of decoded sound, whatever the length.
+
+        Raises:
+            ClipError: as `training_clip`; corruption further on is raised when the windows before it have been given.
+        """
+        step = self.settings.frames * HOP
+        pending = np.zeros(0, np.float32)
+        start = 0
+        for block in decode(data, self.limits):
+            pending = np.concatenate((pending, block))
+            while len(pending) >= step + WINDOW:
+                yield self._clip(pending[: step + WINDOW - HOP], start / SAMPLE_RATE, step / SAMPLE_RATE)
+                pending = pending[step:]
+                start += step
+        yield self._clip(pending[: step + WINDOW - HOP], start / SAMPLE_RATE, len(pending) / SAMPLE_RATE)
+
+    def picture(self, clip: Clip) -> np.ndarray:
+        """uint8 ``[mel_bins, frames, 3]``: low frequencies at the bottom, padding grey."""
+        from matplotlib import colormaps  # only people's pages need it; importing it costs every worker 0.3 s
+
+        energies = clip.values[0].numpy().T[::-1]
+        content = energies[:, : clip.valid * self.settings.patch[0]]
+        low, high = np.percentile(content, (1, 99.8))
+        shade = np.clip((energies - low) / max(high - low, 1e-6), 0, 1)
+        picture = colormaps["magma"](shade, bytes=True)[..., :3]
+        picture[:, content.shape[1] :] = 96
+        return picture
+
+    def _clip(self, samples: np.ndarray, start_s: float | None, duration_s: float) -> Clip:
+        """Mean removed, features, zeros up to the clip's frames (before normalising, as AST does), normalised."""
+        settings = self.settings
+        centred = samples - samples.mean()
+        if len(centred) < WINDOW:
+            centred = np.pad(centred, (0, WINDOW - len(centred)))
+        energies = fbank(torch.from_numpy(centred), settings.mel_bins)
+        values = torch.zeros(1, settings.frames, settings.mel_bins)
+        values[0, : len(energies)] = energies
+        values.sub_(settings.mean).div_(2 * settings.std)
+        valid = math.ceil(frame_count(len(centred)) / settings.patch[0])
+        return Clip(values, self.grid, valid, start_s, duration_s)
