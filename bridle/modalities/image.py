@@ -1,0 +1,284 @@
+"""Pictures: JPEG, PNG and WebP become one normalised clip each. Pillow decodes, torchvision resizes."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from typing import Annotated, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image as Pillow
+from pydantic import Field, model_validator
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from bridle.config import Settings
+from bridle.modalities.clip import Clip, ClipError, Limits, TooLargeError, UndecodableError, WrongKindError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""What Pillow may try. Its other parsers are never reached by a stranger's bytes."""
+
+DRAFT_MARGIN = 2.0
+"""A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the crop then still has this many times the clip's pixels
+along both axes (the margin Pillow's own thumbnails keep)."""
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Pillow.Transpose.FLIP_LEFT_RIGHT,
+    3: Pillow.Transpose.ROTATE_180,
+    4: Pillow.Transpose.FLIP_TOP_BOTTOM,
+    5: Pillow.Transpose.TRANSPOSE,
+    6: Pillow.Transpose.ROTATE_270,
+    7: Pillow.Transpose.TRANSVERSE,
+    8: Pillow.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+
+warnings.filterwarnings("error", category=Pillow.DecompressionBombWarning)
+
+Pixels = Annotated[int, Field(gt=0)]
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom, in pixels."""
+
+
+class ImageSettings(Settings):
+    """The `clip` section of an image recipe."""
+
+    size: tuple[Pixels, Pixels] = (224, 224)
+    """Height and width of a clip; multiples of the patch."""
+    patch: tuple[Pixels, Pixels] = (16, 16)
+    """Height and width of a patch."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from red, green and blue in 0..1; ImageNet's."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Divides red, green and blue after that; ImageNet's."""
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Pretraining: least and greatest share of the picture's area in a random crop."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Pretraining: least and greatest stretch of a random crop against the clip's own shape."""
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Pretraining: probability of a horizontal flip."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ImageSettings:
+        check_size(self.size, self.patch)
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale {self.scale}: expected 0 < least <= greatest <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio {self.ratio}: expected 0 < least <= greatest")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std}: expected three figures above 0")
+        return self
+
+
+class Image:
+    """Implements `Modality` for pictures."""
+
+    name: ClassVar[str] = "image"
+    axes: ClassVar[tuple[str, ...]] = ("height", "width")
+    extensions: ClassVar[tuple[str, ...]] = ("jpg", "jpeg", "png", "webp")
+    settings_class: ClassVar[type[Settings]] = ImageSettings
+    channels: ClassVar[int] = 3
+
+    def __init__(self, settings: ImageSettings, limits: Limits | None = None) -> None:
+        self.settings = settings
+        self.limits = limits or Limits()
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """Height and width of a patch."""
+        return self.settings.patch
+
+    @property
+    def grid(self) -> dict[str, int]:
+        """Patches down and across."""
+        size, patch = self.settings.size, self.settings.patch
+        return {axis: side // step for axis, side, step in zip(self.axes, size, patch, strict=True)}
+
+    @property
+    def positions_per_second(self) -> float | None:
+        """None: a picture has no time."""
+        return None
+
+    @classmethod
+    def recognises(cls, head: bytes) -> bool:
+        """JPEG, PNG or WebP by their first bytes."""
+        webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+        return webp or head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
+
+    def training_clip(self, data: bytes, rng: np.random.Generator) -> Clip:
+        """A random resized crop (bicubic, antialiased), flipped left to right at random.
+
+        Raises:
+            UndecodableError, WrongKindError, TooLargeError
+        """
+        image, orientation = self._open(data)
+        box = random_box(_upright_size(image, orientation), self.settings, rng)
+        return self._clip(image, orientation, box, flip=bool(rng.random() < self.settings.flip))
+
+    def windows(self, data: bytes) -> Iterator[Clip]:
+        """One clip: the short side resized to the clip's, and the centre cropped.
+
+        Raises:
+            UndecodableError, WrongKindError, TooLargeError
+        """
+        image, orientation = self._open(data)
+        yield self._clip(image, orientation, centre_box(_upright_size(image, orientation), self.settings.size))
+
+    def picture(self, clip: Clip) -> np.ndarray:
+        """uint8 [H, W, 3]."""
+        return denormalise(clip.values, self.settings.mean, self.settings.std)
+
+    def _open(self, data: bytes) -> tuple[Pillow.Image, int]:
+        """A picture whose header was read and found within the limits, and its EXIF orientation (1 to 8)."""
+        if not data:
+            raise UndecodableError("image: the file is empty (0 bytes); expected a JPEG, PNG or WebP")
+        if len(data) > self.limits.max_bytes:
+            raise TooLargeError(
+                f"image: {len(data):,} bytes are above the limit max_bytes = {self.limits.max_bytes:,}; send fewer"
+            )
+        if not self.recognises(data[:4096]):
+            raise WrongKindError(f"image: found a file that begins {data[:12]!r}, expected a JPEG, PNG or WebP")
+        with _pillow_errors():
+            image = Pillow.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > self.limits.max_pixels:
+            raise TooLargeError(
+                f"image: {width} x {height} pixels are above the limit max_pixels = {self.limits.max_pixels:,}; "
+                "send a smaller picture"
+            )
+        if image.format == "PNG":
+            with _pillow_errors():
+                image.verify()  # checksums of every chunk: decoding alone skips those of the pixels
+                image = Pillow.open(io.BytesIO(data), formats=FORMATS)
+        return image, _orientation(image)
+
+    def _clip(self, image: Pillow.Image, orientation: int, box: Box, *, flip: bool = False) -> Clip:
+        """The box of the upright picture, resized to the clip's size and normalised."""
+        height, width = self.settings.size
+        with _pillow_errors():
+            full = _upright_size(image, orientation)
+            _draft(image, box, (height, width))
+            image.load()
+            if orientation in _UPRIGHT:
+                image = image.transpose(_UPRIGHT[orientation])
+            pixels = functional.pil_to_tensor(_rgb(image, _rescale(box, full, image.size)))
+        pixels = functional.resize(
+            pixels, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True
+        )  # uint8 [3, H, W]
+        if flip:
+            pixels = functional.horizontal_flip(pixels)
+        values = normalise(pixels, self.settings.mean, self.settings.std)
+        return Clip(values=values, grid=self.grid, valid=self.grid["height"])
+
+
+class _pillow_errors:  # noqa: N801  (reads as a statement: with _pillow_errors())
+    """Turns whatever Pillow's parsers raise into a `ClipError`."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, ClipError) or not isinstance(error, Exception):
+            return
+        if isinstance(error, (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning)):
+            raise TooLargeError(
+                f"image: above the limit PIL.Image.MAX_IMAGE_PIXELS = {Pillow.MAX_IMAGE_PIXELS}"
+            ) from error
+        if isinstance(error, MemoryError):
+            raise TooLargeError("image: decoding needs more memory than this process may take") from error
+        # Pillow's parsers raise SyntaxError, struct.error, zlib.error, IndexError, ... as the bytes provoke.
+        raise UndecodableError(f"image: corrupt or truncated ({type(error).__name__}: {error})") from error
+
+
+def check_size(size: tuple[int, ...], patch: tuple[int, ...]) -> None:
+    """Raises ValueError unless every side is a multiple of the patch's."""
+    if any(side % step for side, step in zip(size, patch, strict=True)):
+        raise ValueError(f"size {size} is not a multiple of patch {patch}; choose one that is")
+
+
+def random_box(size: tuple[int, int], settings: ImageSettings, rng: np.random.Generator) -> Box:
+    """The crop of torchvision's RandomResizedCrop.get_params, drawn from `rng`; `size` is (width, height).
+
+    `ratio` counts against the clip's own shape, so that a clip that is not square is not stretched on average.
+    """
+    width, height = size
+    aspect = settings.size[1] / settings.size[0]
+    low, high = np.log(settings.ratio)
+    for _ in range(10):
+        area = width * height * rng.uniform(*settings.scale)
+        shape = aspect * np.exp(rng.uniform(low, high))
+        w, h = round(float(np.sqrt(area * shape))), round(float(np.sqrt(area / shape)))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    return centre_box(size, settings.size)
+
+
+def centre_box(size: tuple[int, int], target: tuple[int, int]) -> Box:
+    """The largest centred box of the target's shape; `size` is (width, height), `target` (height, width)."""
+    width, height = size
+    scale = min(width / target[1], height / target[0])
+    w, h = max(1, round(target[1] * scale)), max(1, round(target[0] * scale))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def normalise(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """uint8 ``[3, *size]`` to float32 ``(x / 255 - mean) / std``."""
+    shape = (-1,) + (1,) * (pixels.dim() - 1)
+    scale = 1 / (255 * torch.tensor(std, dtype=torch.float32))
+    shift = -torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)
+    values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    return values.mul_(scale.view(shape)).add_(shift.view(shape))
+
+
+def denormalise(values: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """float32 ``[3, *size]`` back to uint8 ``[*size, 3]``."""
+    pixels = values.detach().cpu().float().movedim(0, -1)
+    pixels = (pixels * torch.tensor(std) + torch.tensor(mean)) * 255
+    return pixels.round_().clamp_(0, 255).to(torch.uint8).numpy()
+
+
+def _orientation(image: Pillow.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # a damaged EXIF block leaves a good picture good
+        return 1
+    return value if isinstance(value, int) and value in _UPRIGHT else 1
+
+
+def _upright_size(image: Pillow.Image, orientation: int) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if orientation in _SIDEWAYS else (width, height)
+
+
+def _draft(image: Pillow.Image, box: Box, target: tuple[int, int]) -> None:
+    """Lets libjpeg decode a large JPEG at a fraction of its size; does nothing to other formats."""
+    factor = min((box[2] - box[0]) / target[1], (box[3] - box[1]) / target[0]) / DRAFT_MARGIN
+    if factor >= 2:
+        image.draft(None, (int(image.size[0] / factor), int(image.size[1] / factor)))
+
+
+def _rescale(box: Box, size: tuple[int, int], found: tuple[int, int]) -> Box:
+    """The box in a picture that was decoded at `found` in place of `size`."""
+    if size == found:
+        return box
+    x, y = found[0] / size[0], found[1] / size[1]
+    left, top = int(box[0] * x), int(box[1] * y)
+    right, bottom = max(left + 1, round(box[2] * x)), max(top + 1, round(box[3] * y))
+    return left, top, min(right, found[0]), min(bottom, found[1])
+
+
+def _rgb(image: Pillow.Image, box: Box) -> Pillow.Image:
+    """The box as RGB: transparent parts over white, 16-bit greys by their high byte."""
+    image = image if box == (0, 0, *image.size) else image.crop(box)
+    if image.mode.startswith("I;16"):
+        image = Pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Pillow.new("RGBA", image.size, "white")
+        image = Pillow.alpha_composite(white, image)
+    return image.convert("RGB")
