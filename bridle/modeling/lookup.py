@@ -1,0 +1,111 @@
+"""Nearest-code lookup and cluster sums in true float32: what the residual quantizer and k-means share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_CHUNK = 8192  # rows per distance matrix: bounds memory, and keeps a stage's working set near the cache on CPU
+
+
+class _FullFloat32:
+    """Counts who needs exact float32 products: the first in switches TF32 and bf16 products off, the last restores.
+
+    The switch is process-wide. Counting rather than saving and restoring per call means that threads that look up at
+    the same time neither wait for each other nor restore a setting under each other's feet.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before = "none"
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = self._backend.fp32_precision
+                self._backend.fp32_precision = "ieee"
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._backend.fp32_precision = self._before
+
+
+_CUDA = _FullFloat32(torch.backends.cuda.matmul)
+_CPU = _FullFloat32(torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Autocast off, and no TF32 or bf16 inside float32 matrix products, whatever the process has allowed."""
+    with torch.autocast(device.type, enabled=False), _CUDA if device.type == "cuda" else _CPU:
+        yield
+
+
+class Codebook(NamedTuple):
+    """A codebook with what every lookup in it needs."""
+
+    rows: Tensor
+    """float32 ``[K, d]``."""
+    squares: Tensor
+    """float32 ``[K]``, squared norms of the rows."""
+    first: Tensor
+    """int64 ``[K]``: the lowest index that holds an equal row, most often the row's own."""
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Codebook:
+        """Prepare ``rows``, float32 ``[K, d]``."""
+        return cls(rows, rows.square().sum(-1), _first_equal(rows))
+
+
+def _first_equal(rows: Tensor) -> Tensor:
+    """int64 ``[K]``: for each row the lowest index of a row with equal numbers.
+
+    A matrix product may round equal columns differently (edge blocks take another kernel), so argmin alone could
+    pick the later of two equal codes. Equal rows are found by an integer hash, which no summation order changes, and
+    each hit is confirmed, so that a collision cannot join two different codes.
+    """
+    multipliers = _hash_multipliers(rows.shape[-1]).to(rows.device)
+    bits = (rows + 0.0).view(torch.int32).long()  # + 0.0 makes -0.0 equal 0.0 bit for bit
+    hashes = (bits * multipliers).sum(-1)
+    ordered, order = hashes.sort(stable=True)
+    first = order[torch.searchsorted(ordered, hashes)]
+    own = torch.arange(len(rows), device=rows.device)
+    return torch.where((rows[first] == rows).all(-1), first, own)
+
+
+def _hash_multipliers(dim: int) -> Tensor:
+    return torch.randint(-(2**62), 2**62, (dim,), generator=torch.Generator().manual_seed(0))
+
+
+def scores(points: Tensor, codebook: Codebook) -> Tensor:
+    """``||c||^2 - 2 e.c``, float32 ``[S, K]``: Eq. 1's squared distance less ``||e||^2``, which all codes share."""
+    return torch.addmm(codebook.squares, points, codebook.rows.t(), alpha=-2)
+
+
+def nearest(points: Tensor, codebook: Codebook) -> Tensor:
+    """Eq. 1 for ``points``, float32 ``[S, d]``: int64 ``[S]``, ties to the lowest index (argmin takes the first)."""
+    indices = [scores(part, codebook).argmin(1) for part in points.split(_CHUNK)]
+    return codebook.first[torch.cat(indices)]
+
+
+def cluster_sums(points: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Eq. 9: how many points took each code, float32 ``[size]``, and their sums, float32 ``[size, d]``.
+
+    Points are added in their order within each cluster, so the result is the same every time on any device (CUDA's
+    ``index_add_`` is not), and nothing waits for the device.
+    """
+    ordered, order = codes.sort(stable=True)
+    bounds = torch.searchsorted(ordered, torch.arange(size + 1, device=codes.device))
+    sums = functional.embedding_bag(order, points, bounds[:-1], mode="sum")
+    return bounds.diff().float(), sums
