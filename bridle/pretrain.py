@@ -1,0 +1,77 @@
+"""Pretrains: walks the recipe's interleaved schedule and leaves a servable model.
+
+    deepspeed bridle/pretrain.py --deepspeed_config ds_configs/zero2.json [--recipe NAME|FILE.yaml] [--data SHARDS ...]
+                                 [--run DIR] [dotted.key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bridle.cli import report_mistakes
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="pretrain.py", description=__doc__.split("\n\n", 1)[0])
+    parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="DeepSpeed's JSON, e.g. ds_configs/zero2.json")
+    parser.add_argument("--recipe", default="audio-mini", metavar="NAME|FILE", help="shipped name or YAML file (default: audio-mini)")
+    parser.add_argument("--data", nargs="+", metavar="SHARDS", help="paths, globs or braces; local, s3://, https://, pipe:")
+    parser.add_argument("--heldout", nargs="+", metavar="SHARDS", help="the same, for evaluation between phases")
+    parser.add_argument("--run", metavar="DIR", help="run folder; resumes from it (default: runs/RECIPE)")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings of the recipe to change")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0 on success and on a stop by signal after a checkpoint, 2 on a wrong argument, 1 on failure."""
+    args = parse(arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("bridle").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    return report_mistakes("pretrain", lambda: pretrain(args))
+
+
+def pretrain(args: argparse.Namespace) -> int:
+    """Builds the run and runs it."""
+    from bridle.config import load_recipe
+    from bridle.training.engine import read_ds_config
+    from bridle.training.loop import StopRequested
+    from bridle.training.ranks import join, leave
+    from bridle.training.run import PretrainingRun
+
+    data = [f"data.{key}={_yaml_list(value)}" for key, value in (("shards", args.data), ("heldout", args.heldout)) if value]
+    if args.data and not args.heldout:
+        data.append("data.heldout=null")
+    recipe = load_recipe(args.recipe, [*data, *args.overrides])
+    ds_config = read_ds_config(args.deepspeed_config)
+    folder = Path(args.run or f"runs/{Path(args.recipe).stem}")
+    ranks = join()
+    try:
+        run = PretrainingRun(recipe, ds_config, args.deepspeed_config, folder, ranks)
+        run.run()
+    except StopRequested:
+        if ranks.first:
+            print(f"stopped after a checkpoint; the same command goes on from there ({folder})")
+    else:
+        if ranks.first:
+            print(f"done: {folder / 'models' / 'final'}")
+    finally:
+        leave()
+    return 0
+
+
+def _yaml_list(values: list[str]) -> str:
+    import json
+
+    return json.dumps(values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The DeepSpeed engine of a phase: its configuration, optimizer and learning rate."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bridle.config import RecipeError, TrainSettings
+
+SECTIONS_OF_THE_RECIPE = {
+    "optimizer": "the recipe's train.betas, train.weight_decay and phases",
+    "scheduler": "the recipe's phases",
+}
+
+
+def read_ds_config(path: str) -> dict[str, Any]:
+    """Reads a DeepSpeed configuration.
+
+    Raises:
+        RecipeError: no such file, not a JSON object.
+    """
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"--deepspeed_config {path}: {error.strerror or error}; try ds_configs/zero2.json") from None
+    except ValueError as error:
+        raise RecipeError(f"--deepspeed_config {path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"--deepspeed_config {path}: found {type(raw).__name__}, expected a JSON object")
+    return raw
+
+
+def resolve_ds_config(given: Mapping[str, Any], where: str, train: TrainSettings, world: int) -> dict[str, Any]:
+    """Fills in what the recipe decides.
+
+    Raises:
+        RecipeError: a field that both name, with different values; a section that belongs to the recipe; float16;
+            a batch that does not divide over the ranks.
+    """
+    micro, accumulation = split_batch(train, world)
+    ours = {
+        "train_batch_size": (train.batch_size, "train.batch_size"),
+        "train_micro_batch_size_per_gpu": (micro, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "train.batch_size and train.micro_batch_size"),
+        "gradient_clipping": (train.gradient_clipping, "train.gradient_clipping"),
+    }
+    for section, owner in SECTIONS_OF_THE_RECIPE.items():
+        if section in given:
+            raise RecipeError(f"{where}: '{section}' conflicts with {owner}, which decide it; remove it from {where}")
+    if given.get("fp16", {}).get("enabled"):
+        raise RecipeError(f"{where}: fp16.enabled is not supported (residual codes need range); use bf16.enabled")
+    for field, (value, owner) in ours.items():
+        if given.get(field, "auto") not in ("auto", value):
+            raise RecipeError(f"{where}: {field} = {given[field]} conflicts with the recipe's {owner}, which makes it {value}; remove it from {where} or change the recipe")
+    return {
+        **given,
+        **{field: value for field, (value, _) in ours.items()},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": given.get("steps_per_print", 2**31),
+    }
+
+
+def split_batch(train: TrainSettings, world: int) -> tuple[int, int]:
+    """Clips per rank and forward pass, and forward passes per optimizer step.
+
+    Raises:
+        RecipeError: the batch does not divide.
+    """
+    if train.batch_size % world:
+        raise RecipeError(f"train.batch_size {train.batch_size} does not divide over {world} ranks; choose a multiple of {world}")
+    per_rank = train.batch_size // world
+    micro = min(train.micro_batch_size or per_rank, per_rank)
+    if per_rank % micro:
+        raise RecipeError(
+            f"train.micro_batch_size {micro} does not divide the {per_rank} clips that each of {world} ranks has per step;"
+            f" choose a divisor of {per_rank}"
+        )
+    return micro, per_rank // micro
+
+
+def uses_bf16(ds_config: Mapping[str, Any]) -> bool:
+    """Whether the transformer runs in bfloat16 (the quantizer never does)."""
+    return bool(ds_config.get("bf16", {}).get("enabled") or ds_config.get("torch_autocast", {}).get("enabled"))
+
+
+def build_engine(module: nn.Module, ds_config: Mapping[str, Any], train: TrainSettings, lr: float) -> Any:
+    """Wraps a phase's module; its optimizer is torch's AdamW, which compiles nothing."""
+    import deepspeed
+
+    decayed, plain = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim == 2 and "bias" not in name else plain).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=lr,
+        betas=train.betas,
+    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))
+    return engine
+
+
+def learning_rate(peak: float, step: int, warmup: int, total: int) -> float:
+    """Linear warm-up to `peak` over `warmup` steps, then cosine to 0 at `total`; `step` counts from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """Sets it for all parameter groups."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,142 @@
+"""What a run says of itself: metrics.jsonl, TensorBoard, Prometheus and a progress line. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from bridle.files import clear_disk_errors, whole_file
+
+log = logging.getLogger("bridle")
+STEP_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+
+class PrometheusMetrics:
+    """The `bridle_train_*` metrics and their endpoint."""
+
+    def __init__(self, port: int) -> None:
+        self.registry = CollectorRegistry()
+        of = {"registry": self.registry}
+        self.samples = Counter("bridle_train_samples_total", "Clips trained on.", ["phase"], **of)
+        self.steps = Counter("bridle_train_steps_total", "Optimizer steps.", ["phase"], **of)
+        self.step_seconds = Histogram("bridle_train_step_seconds", "Mean step of a log window.", buckets=STEP_BUCKETS, **of)
+        self.data_wait = Counter("bridle_train_data_wait_seconds_total", "Seconds spent waiting for clips.", **of)
+        self.loss = Gauge("bridle_train_loss", "Loss.", ["phase"], **of)
+        self.usage = Gauge("bridle_train_codebook_usage_ratio", "Share of codes used in a log window.", ["codebook"], **of)
+        self.corrupt = Counter("bridle_train_corrupt_samples_total", "Clips that could not be read and were replaced.", **of)
+        self.checkpoint = Gauge("bridle_train_checkpoint_seconds", "Seconds the last checkpoint took.", **of)
+        self.port = self._serve(port) if port else 0
+
+    def _serve(self, port: int) -> int:
+        try:
+            server, _ = start_http_server(port, registry=self.registry)
+        except OSError:  # taken, by another run on this machine most likely
+            server, _ = start_http_server(0, registry=self.registry)
+        return int(server.server_port)
+
+    def observe(self, row: Mapping[str, Any], steps: int, clips: int, corrupt: int) -> None:
+        """Takes over one row of metrics."""
+        phase = row["phase"]
+        self.samples.labels(phase).inc(clips)
+        self.steps.labels(phase).inc(steps)
+        self.step_seconds.observe(row["step_seconds"])
+        self.data_wait.inc(row["data_wait"] * row["step_seconds"] * steps)
+        self.loss.labels(phase).set(row["loss"])
+        self.corrupt.inc(corrupt)
+        for m, share in enumerate(row["codebook_usage"], start=1):
+            self.usage.labels(str(m)).set(share)
+
+
+class RunLog:
+    """Writes rows of metrics everywhere. On resume, rows past the checkpoint are dropped, so that each step has one row."""
+
+    def __init__(self, run: Path, prometheus_port: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run / "metrics.jsonl"
+        self.tensorboard = SummaryWriter(str(run / "tensorboard"))
+        self.prometheus = PrometheusMetrics(prometheus_port)
+        if self.prometheus.port:
+            log.info("metrics at http://localhost:%d/metrics", self.prometheus.port)
+
+    def forget_after(self, phase_index: int, step: int) -> None:
+        """Drops rows of later steps, written by a run that was killed after its last checkpoint, and a torn last line."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if (row["phase_index"], row["step"]) <= (phase_index, step):
+                kept.append(line + "\n")
+        with whole_file(self.path) as aside:
+            aside.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends one row to metrics.jsonl and TensorBoard."""
+        with clear_disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        prefix = f"{row['phase_index']}-{row['phase']}/{row['split']}"
+        for key, value in row.items():
+            values = value if isinstance(value, list) else [value]
+            for i, number in enumerate(values, start=1):
+                if isinstance(number, (int, float)) and key not in ("phase_index", "step"):
+                    name = f"{prefix}/{key}_{i}" if isinstance(value, list) else f"{prefix}/{key}"
+                    self.tensorboard.add_scalar(name, number, row["step"])
+
+    def close(self) -> None:
+        """Flushes TensorBoard."""
+        self.tensorboard.close()
+
+
+class Window:
+    """Times of the steps since the last row."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a new window."""
+        self.start = time.perf_counter()
+        self.waited = 0.0
+        self.steps = 0
+
+    def rates(self, batch_size: int) -> dict[str, float]:
+        """Rate in clips per second over all ranks, mean seconds per step, and the share of time spent waiting for data."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        return {
+            "samples_per_second": self.steps * batch_size / seconds,
+            "step_seconds": seconds / max(1, self.steps),
+            "data_wait": self.waited / seconds,
+        }
+
+
+def progress_line(row: Mapping[str, Any], phase: str, total: int, seconds_left: float) -> str:
+    """One line for a person."""
+    parts = [f"{phase} step {row['step']}/{total}", f"loss {row['loss']:.4f}"]
+    if "accuracy" in row:
+        parts.append("accuracy " + " ".join(f"{value:.3f}" for value in row["accuracy"]))
+    if "cosine" in row:
+        parts.append(f"cosine {row['cosine']:.4f}")
+    parts.append("usage " + " ".join(f"{value:.2f}" for value in row["codebook_usage"]))
+    if row["split"] == "train":
+        minutes, seconds = divmod(round(seconds_left), 60)
+        hours, minutes = divmod(minutes, 60)
+        parts += [
+            f"lr {row['lr']:.2e}",
+            f"grad {row['gradient_norm']:.2f}",
+            f"{row['samples_per_second']:.1f} clips/s",
+            f"wait {100 * row['data_wait']:.0f}%",
+            f"ETA {hours}:{minutes:02d}:{seconds:02d}",
+        ]
+    else:
+        parts.insert(1, "held out")
+    return "  ".join(parts)

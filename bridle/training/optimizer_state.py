@@ -1,0 +1,100 @@
+"""Master weights and Adam moments as whole float32 tensors by parameter name.
+
+DeepSpeed partitions them differently in each ZeRO stage and for each number of ranks, and pickles them. Whole tensors
+fit any stage and any number of ranks, and safetensors holds them. DeepSpeed's public `safe_get_full_*` gathers them; for
+the way back its setters do not pad uneven ZeRO-3 partitions, so that the partitions are written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def gather_state(engine: Any, keep: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and moments, on the CPU: ``({name: weight}, {"name|exp_avg": moment})``. All ranks must call it.
+
+    keep: whether this rank wants the result; the others take part in gathering and get empty dicts.
+    """
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for name, parameter in _trained(engine.module):
+        weight = _full(engine, parameter, None)
+        if keep:
+            weights[name] = weight.detach().float().cpu().clone()
+        for key in MOMENTS:
+            moment = _full(engine, parameter, key)
+            if keep:
+                moments[f"{name}|{key}"] = moment.detach().float().cpu().clone()
+    return weights, moments
+
+
+def restore_state(engine: Any, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: int) -> None:
+    """Puts gathered state back into a freshly built engine, of any ZeRO stage and any number of ranks."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for group in inner.param_groups:
+        for flat in group["params"]:
+            inner.state[flat] = {"step": torch.tensor(float(steps)), **{key: torch.zeros_like(flat) for key in MOMENTS}}
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        link()
+    for name, parameter in _trained(engine.module):
+        _put(engine, parameter, weights[name], None)
+        for key in MOMENTS:
+            _put(engine, parameter, moments[f"{name}|{key}"], key)
+
+
+def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
+def _full(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
+    if _plain(parameter):
+        return parameter if key is None else engine.optimizer.state[parameter][key]
+    value = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+    assert value is not None
+    return value
+
+
+def _put(engine: Any, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+    value = value.to(parameter.device)
+    if _plain(parameter):
+        target = parameter.data if key is None else engine.optimizer.state[parameter][key]
+        target.copy_(value)
+    elif hasattr(parameter, "ds_id"):
+        share = _own_share(parameter, value)
+        if key is None:
+            safe_set_local_fp32_param(parameter, share)
+        else:
+            safe_set_local_optimizer_state(parameter, share, key)
+    elif key is None:
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _plain(parameter: nn.Parameter) -> bool:
+    return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
+
+
+def _own_share(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's ZeRO-3 partition of a whole tensor, zero-padded as DeepSpeed pads it."""
+    size = parameter.partition_numel()
+    start = size * torch.distributed.get_rank(parameter.ds_process_group)
+    share = value.new_zeros(size)
+    mine = value.flatten()[start : start + size]
+    share[: mine.numel()] = mine
+    return share

@@ -1,0 +1,96 @@
+"""This process among its peers: one process, or many under the deepspeed launcher, torchrun or Kubernetes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""With nccl a lost peer is only noticed by this; long enough for rank 0 to write a checkpoint meanwhile."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """rank of world, and the device of this process."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    @property
+    def all_reduce(self) -> Callable[[Tensor], Any] | None:
+        """Sums a tensor over all ranks in place; none when there is one rank."""
+        return dist.all_reduce if self.world > 1 else None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Equal-shaped tensors of all ranks, joined along the first axis in rank order."""
+        if self.world == 1:
+            return values
+        shares = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(shares, values.contiguous())
+        return torch.cat(shares)
+
+    def share(self, values: Tensor) -> None:
+        """Overwrites `values` with rank 0's."""
+        if self.world > 1:
+            dist.broadcast(values, src=0)
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def join() -> Ranks:
+    """Joins the process group that the environment describes (none: a group of one)."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # The shared-memory op is compiled on first use, for a minute, with a compiler that may not be there; gloo does.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local = int(os.environ["LOCAL_RANK"])
+    accelerator.set_device(local)
+    deepspeed.init_distributed(
+        accelerator.communication_backend_name(), auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False
+    )
+    device = torch.device(accelerator.device_name(local) if accelerator.device_name() != "cpu" else "cpu")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def leave() -> None:
+    """Leaves the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

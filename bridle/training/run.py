@@ -1,0 +1,348 @@
+"""Walks a recipe's phases from wherever the run folder stands."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from bridle import __version__
+from bridle.config import ColdStartPhase, EncoderPhase, Recipe, RecipeError, TokenizerPhase
+from bridle.data.shards import ShardSet, open_shards
+from bridle.data.stream import Stream
+from bridle.files import read_json, whole_file, write_json
+from bridle.modalities import build_modality
+from bridle.model_folder import patch_shape, save_model
+from bridle.modeling.bridle import Components, parameter_count
+from bridle.modeling.encoder import Encoder
+from bridle.modeling.tokenizer import Tokenizer
+from bridle.training.checkpoints import (
+    PhaseCheckpoints,
+    Position,
+    cpu_buffers,
+    load_weights,
+    part_states,
+    read_position,
+    read_tensors,
+)
+from bridle.training.clips import MakeClip
+from bridle.training.engine import build_engine, resolve_ds_config, split_batch, uses_bf16
+from bridle.training.loop import Length, PhaseRun, StopFlag, to_device
+from bridle.training.metrics import RunLog
+from bridle.training.phases import EncoderPhaseJob, PhaseJob, TokenizerPhaseJob
+from bridle.training.ranks import Ranks
+
+log = logging.getLogger("bridle")
+FREE_TO_CHANGE = {
+    "data.workers", "data.cache", "data.cache_gb", "data.max_corrupt", "train.micro_batch_size", "train.log_every",
+    "train.checkpoint_every", "train.evaluate_every", "train.evaluate_clips", "train.prometheus_port",
+}  # fmt: skip
+"""Settings that change neither the order of the data nor the mathematics: a resumed run may have others."""
+INITIAL_LATENTS = 65_536
+"""Latents that codebooks are initialised from, at most: enough for k-means, small enough to gather."""
+
+
+class PretrainingRun:
+    """One run folder and the recipe it was started with."""
+
+    def __init__(self, recipe: Recipe, ds_config: Mapping[str, Any], where: str, folder: Path, ranks: Ranks) -> None:
+        """Raises RecipeError or ShardError on settings that cannot work, before anything is written."""
+        self.recipe = recipe
+        self.folder = folder
+        self.ranks = ranks
+        self.modality = build_modality(recipe.modality, recipe.clip)
+        self.ds_config = resolve_ds_config(ds_config, where, recipe.train, ranks.world)
+        self.bf16 = uses_bf16(self.ds_config)
+        self.components = Components(recipe.model, patch_shape(self.modality))
+        self.shards = self._open(recipe.data.shards)
+        self.heldout = self._open(recipe.data.heldout) if recipe.data.heldout else None
+        check_same_recipe(folder, recipe)
+
+    def run(self) -> None:
+        """Trains whatever is not yet trained and leaves `models/final`."""
+        self.ranks.barrier()
+        run_log = None
+        if self.ranks.first:
+            self._describe()
+            run_log = RunLog(self.folder, self.recipe.train.prometheus_port)
+        stop = StopFlag()
+        try:
+            for index, phase in enumerate(self.recipe.phases):
+                checkpoints = self._checkpoints(index)
+                if checkpoints.is_finished():
+                    continue
+                if isinstance(phase, ColdStartPhase):
+                    self._cold_start(index, checkpoints)
+                else:
+                    self._train(index, phase, checkpoints, run_log, stop)
+                if isinstance(phase, EncoderPhase):
+                    self._export(index)
+                self.ranks.barrier()
+        finally:
+            if run_log is not None:
+                run_log.close()
+
+    def _open(self, patterns: list[str] | None) -> ShardSet:
+        data = self.recipe.data
+        if not patterns:
+            raise RecipeError(
+                "data.shards is empty: name tar shards with --data (paths, globs, s3://, https://, pipe:),"
+                f" or --data builtin:{self.recipe.modality} for the sample that ships"
+            )
+        return open_shards(
+            patterns, extensions=self.modality.extensions, cache=data.cache, cache_gb=data.cache_gb
+        )
+
+    def _checkpoints(self, index: int) -> PhaseCheckpoints:
+        return PhaseCheckpoints(self.folder, index, self.recipe.phases[index].kind)
+
+    def _seed(self, index: int, part: int) -> int:
+        """A seed of its own for each component of each phase."""
+        return (self.recipe.seed * 1_000 + index) * 10 + part
+
+    def _stream(self, index: int, masked: bool) -> Stream:
+        data = self.recipe.data
+        make = MakeClip(self.modality, self.recipe.mask if masked else None, augment=True)
+        return Stream(
+            self.shards, make, seed=self._seed(index, 0), block=data.shuffle_block, window=data.shuffle_window
+        )
+
+    def _heldout_stream(self, masked: bool) -> Stream | None:
+        if self.heldout is None:
+            return None
+        make = MakeClip(self.modality, self.recipe.mask if masked else None, augment=False)
+        return Stream(self.heldout, make, seed=self.recipe.seed, block=1, window=1, shuffle=False)
+
+    def _cold_start(self, index: int, checkpoints: PhaseCheckpoints) -> None:
+        tokenizer = self.components.cold_start_tokenizer(self._seed(index, 1))
+        self._initialise(tokenizer, index)
+        state = {"tokenizer": cpu_state(tokenizer)}
+        checkpoints.finish(state, Position(samples=self.recipe.train.batch_size), self.ranks)
+        if self.ranks.first:
+            log.info("[%d cold_start] random projection, codebooks from the first batch", index)
+
+    def _initialise(self, tokenizer: Tokenizer, index: int) -> None:
+        """Codebooks from the first batch of all ranks: gathered in the order of positions, solved once, shared."""
+        recipe, ranks = self.recipe, self.ranks
+        tokenizer.to(ranks.device).eval()
+        micro, _ = split_batch(recipe.train, ranks.world)
+        share, positions = [], []
+        for batch in self._stream(index, masked=False).micro_batches(
+            start=0, stop=recipe.train.batch_size, batch_size=recipe.train.batch_size, micro_batch_size=micro,
+            rank=ranks.rank, world=ranks.world, workers=min(1, recipe.data.workers),
+        ):  # fmt: skip
+            with torch.no_grad():
+                latents = tokenizer.latents(to_device(batch.tensors, ranks.device)["values"]).float()
+            share.append(spread(latents, INITIAL_LATENTS // recipe.train.batch_size))
+            positions += batch.positions
+        order = ranks.gather(torch.tensor(positions, device=ranks.device)).argsort()
+        latents = ranks.gather(torch.cat(share))[order].flatten(0, 1)
+        if ranks.first:
+            generator = torch.Generator(device=ranks.device).manual_seed(self._seed(index, 2))
+            tokenizer.quantizer.initialize(latents, generator)
+        for buffer in tokenizer.quantizer.buffers():
+            ranks.share(buffer)
+
+    def _train(
+        self,
+        index: int,
+        phase: EncoderPhase | TokenizerPhase,
+        checkpoints: PhaseCheckpoints,
+        run_log: RunLog | None,
+        stop: StopFlag,
+    ) -> None:
+        begun = checkpoints.steps()
+        job = self._job(index, phase, fresh=not begun)
+        position = Position()
+        if begun:
+            load_weights(job.module, read_tensors(begun[-1] / "model.safetensors"), begun[-1])
+        engine = build_engine(job.module, self.ds_config, self.recipe.train, phase.lr)
+        if begun:
+            position = checkpoints.restore(engine, begun[-1])
+        if run_log is not None:
+            run_log.forget_after(index, position.step)
+            trained = parameter_count_of_parts(self.components, job)
+            log.info("[%d %s] %s; from step %d", index, job.kind, trained, position.step)
+        length = Length.of(phase, len(self.shards), self.recipe.train.batch_size)
+        position = PhaseRun(
+            index, phase, job, engine, self._stream(index, job.masked), self._heldout_stream(job.masked), length,
+            self.recipe.train, self.recipe.data, self.ranks, checkpoints, run_log, stop,
+        ).run(position)  # fmt: skip
+        checkpoints.finish(part_states(engine, job.parts, self.ranks), position, self.ranks)
+        engine.destroy()
+
+    def _job(self, index: int, phase: EncoderPhase | TokenizerPhase, fresh: bool) -> PhaseJob:
+        """Builds a phase's components; the trained half starts afresh or from the phase before, the frozen half is read."""
+        make, quantizer = self.components, self.recipe.model.quantizer
+        before = last_of(self.recipe, index, EncoderPhase)
+        if isinstance(phase, EncoderPhase):
+            encoder = make.encoder(self._seed(index, 3))
+            if before is not None and phase.init == "continue":
+                self._fill(encoder, before, "encoder")
+            tokenizer = self._tokenizer_for(index)
+            return EncoderPhaseJob(encoder, make.decoder(self._seed(index, 4)), tokenizer, quantizer, self.ranks.device, self.bf16)
+        assert before is not None
+        teacher = make.encoder(0)
+        self._fill(teacher, before, "encoder")
+        learner = make.tokenizer(self._seed(index, 5))
+        if fresh:
+            self._initialise(learner, index)
+        return TokenizerPhaseJob(learner, make.estimator(self._seed(index, 6)), teacher, quantizer, self.ranks.device, self.bf16)
+
+    def _tokenizer_for(self, index: int) -> Tokenizer:
+        """The tokenizer whose codes encoder phase `index` predicts."""
+        source = tokenizer_phase_of(self.recipe, index)
+        cold = isinstance(self.recipe.phases[source], ColdStartPhase)
+        tokenizer = self.components.cold_start_tokenizer(0) if cold else self.components.tokenizer(0)
+        self._fill(tokenizer, source, "tokenizer")
+        return tokenizer
+
+    def _fill(self, module: Encoder | Tokenizer, index: int, part: str) -> None:
+        path = self._checkpoints(index).finished / f"{part}.safetensors"
+        load_weights(module, read_tensors(path), path)
+
+    def _export(self, index: int) -> None:
+        if not self.ranks.first:
+            return
+        iteration = sum(isinstance(phase, EncoderPhase) for phase in self.recipe.phases[: index + 1])
+        targets = [f"iteration-{iteration}"]
+        if index == max(i for i, phase in enumerate(self.recipe.phases) if isinstance(phase, EncoderPhase)):
+            targets.append("final")
+        for target in targets:
+            export_model(self.folder, index, self.folder / "models" / target)
+            log.info("model written to %s", self.folder / "models" / target)
+
+    def _describe(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(self.folder / "recipe.yaml") as aside:
+            aside.write_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        write_json(self.folder / "ds_config.json", self.ds_config)
+        write_json(self.folder / "environment.json", environment(self.ranks))
+
+
+def export_model(run: Path, phase_index: int, target: Path) -> None:
+    """Writes the model that encoder phase `phase_index` of a run ended with, and the tokenizer that taught it.
+
+    Raises:
+        CheckpointError: the phase is not finished, or its files are damaged.
+    """
+    recipe = read_run_recipe(run)
+    modality = build_modality(recipe.modality, recipe.clip)
+    source = tokenizer_phase_of(recipe, phase_index)
+    encoder = PhaseCheckpoints(run, phase_index, "encoder").finished
+    tokenizer = PhaseCheckpoints(run, source, recipe.phases[source].kind).finished
+    iteration = sum(isinstance(phase, EncoderPhase) for phase in recipe.phases[: phase_index + 1])
+    position = read_position(encoder)
+    save_model(
+        target,
+        name=f"{run.resolve().name}-iteration-{iteration}",
+        modality=recipe.modality,
+        clip=modality.settings.model_dump(mode="json"),
+        encoder_settings=recipe.model.encoder,
+        quantizer_settings=recipe.model.quantizer,
+        encoder=read_tensors(encoder / "encoder.safetensors"),
+        tokenizer=read_tensors(tokenizer / "tokenizer.safetensors"),
+        learned=not isinstance(recipe.phases[source], ColdStartPhase),
+        trained={"iteration": iteration, "steps": position.step, "clips": position.samples, "run": run.resolve().name},
+    )
+
+
+def finished_encoder_phases(run: Path) -> list[int]:
+    """Indexes of a run's finished encoder phases."""
+    recipe = read_run_recipe(run)
+    return [
+        index
+        for index, phase in enumerate(recipe.phases)
+        if isinstance(phase, EncoderPhase) and PhaseCheckpoints(run, index, phase.kind).is_finished()
+    ]
+
+
+def read_run_recipe(run: Path) -> Recipe:
+    """The recipe a run folder was started with.
+
+    Raises:
+        RecipeError: no run there.
+    """
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise RecipeError(f"{run}: no recipe.yaml there; give a run folder, such as runs/audio-mini")
+    return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def check_same_recipe(run: Path, recipe: Recipe) -> None:
+    """Refuses to go on with other science than the run began with.
+
+    Raises:
+        RecipeError: names the first settings that differ.
+    """
+    if not (run / "recipe.yaml").is_file():
+        return
+    before, now = flatten(read_run_recipe(run).model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    changed = [key for key in changed if key not in FREE_TO_CHANGE]
+    if changed:
+        shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in changed[:3])
+        raise RecipeError(f"{run} was begun with another recipe ({shown}); use the same settings, or another --run folder")
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``{"train.batch_size": 16, …}``."""
+    if isinstance(tree, Mapping):
+        items = list(tree.items())
+    elif isinstance(tree, list):
+        items = list(enumerate(tree))
+    else:
+        return {prefix: tree}
+    return {key: leaf for name, value in items for key, leaf in flatten(value, f"{prefix}.{name}" if prefix else str(name)).items()}
+
+
+def tokenizer_phase_of(recipe: Recipe, index: int) -> int:
+    """Index of the phase whose tokenizer gives encoder phase `index` its targets."""
+    return max(i for i in range(index) if recipe.phases[i].kind in ("cold_start", "tokenizer"))
+
+
+def last_of(recipe: Recipe, index: int, kind: type) -> int | None:
+    """Index of the last phase of a kind before `index`."""
+    found = [i for i in range(index) if isinstance(recipe.phases[i], kind)]
+    return found[-1] if found else None
+
+
+def spread(latents: Tensor, count: int) -> Tensor:
+    """Up to `count` evenly spaced positions of each clip: ``[b, N, d]`` to ``[b, n, d]``."""
+    total = latents.shape[1]
+    picked = torch.linspace(0, total - 1, min(total, max(1, count)), device=latents.device).round().long()
+    return latents[:, picked]
+
+
+def cpu_state(module: torch.nn.Module) -> dict[str, Tensor]:
+    """A module's whole state, copied to the CPU."""
+    return {key: value.detach().cpu().clone() for key, value in module.named_parameters()} | cpu_buffers(module)
+
+
+def parameter_count_of_parts(components: Components, job: PhaseJob) -> str:
+    """For people: trained components and their sizes."""
+    return ", ".join(f"{name} {parameter_count(part) / 1e6:.2f} M" for name, part in job.parts.items())
+
+
+def environment(ranks: Ranks) -> dict[str, Any]:
+    """Versions and devices, for whoever reads the run later."""
+    packages = ("torch", "torchvision", "torchaudio", "deepspeed", "timm", "numpy")
+    return {
+        "bridle": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "ranks": ranks.world,
+        "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or "cpu",
+        "packages": {name: metadata.version(name) for name in packages},
+    }
+
+
+__all__ = ["PretrainingRun", "export_model", "finished_encoder_phases", "read_json", "read_run_recipe"]
