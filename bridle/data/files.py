@@ -46,7 +46,9 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
 def no_room(path: Path, error: OSError) -> ShardError:
     """The one line for a full disk."""
     reason = FULL.get(error.errno or 0, str(error))
-    return ShardError(f"{path}: could not be written: {reason}; free space in {path.parent} and run the same command again")
+    return ShardError(
+        f"{path}: could not be written: {reason}; free space in {path.parent} and run the same command again"
+    )
 
 
 def _sync_folder(folder: Path) -> None:

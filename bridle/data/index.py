@@ -104,7 +104,9 @@ def _entries(path: Path, stream: BinaryIO, size: int) -> list[Entry]:
                 entries[-1].members[extension] = (member.offset_data, member.size)
             end = tar.offset
     except (tarfile.TarError, EOFError) as error:
-        raise ShardError(f"{path}: not a whole tar: {error} (file of {size} bytes); copy or build the shard again") from None
+        raise ShardError(
+            f"{path}: not a whole tar: {error} (file of {size} bytes); copy or build the shard again"
+        ) from None
     _check_end(path, stream, end, size)
     return entries
 
@@ -141,7 +143,12 @@ def _duplicate(path: Path, name: str, offset: int, fault: str) -> ShardError:
 def _refuse_compressed(path: Path, stream: BinaryIO) -> None:
     head = stream.read(6)
     stream.seek(0)
-    for magic, tool in ((b"\x1f\x8b", "gunzip"), (b"BZh", "bunzip2"), (b"\xfd7zXZ\0", "unxz"), (b"\x28\xb5\x2f\xfd", "unzstd")):
+    for magic, tool in (
+        (b"\x1f\x8b", "gunzip"),
+        (b"BZh", "bunzip2"),
+        (b"\xfd7zXZ\0", "unxz"),
+        (b"\x28\xb5\x2f\xfd", "unzstd"),
+    ):
         if head.startswith(magic):
             raise ShardError(f"{path}: compressed; only plain tars can be read by offset: {tool} it first")
 
@@ -157,7 +164,13 @@ def write(path: Path, header: Header, entries: list[Entry]) -> None:
     Raises:
         ShardError: no room on the disk.
     """
-    fields = {"version": VERSION, "bytes": header.bytes, "samples": header.samples, "kinds": header.kinds, "sha256": header.sha256}
+    fields = {
+        "version": VERSION,
+        "bytes": header.bytes,
+        "samples": header.samples,
+        "kinds": header.kinds,
+        "sha256": header.sha256,
+    }
     with written_aside(path) as stream:
         stream.write(_line(fields))
         for entry in entries:

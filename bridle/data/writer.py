@@ -63,7 +63,9 @@ def _content(sample: Planned) -> bytes:
     try:
         return sample.source.read_bytes()
     except OSError as error:
-        raise ShardError(f"{sample.source}: cannot be read: {error.strerror}; repair or remove it, and run again") from None
+        raise ShardError(
+            f"{sample.source}: cannot be read: {error.strerror}; repair or remove it, and run again"
+        ) from None
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -1,0 +1,112 @@
+"""From what a user writes to a list of shards: paths, globs, braces, ``s3://``, ``http(s)://``, ``pipe:``, ``builtin:``."""
+
+from __future__ import annotations
+
+import glob
+import logging
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from braceexpand import UnbalancedBracesError, braceexpand
+
+from bridle.config import nearest
+from bridle.data import fetch
+from bridle.data.errors import ShardError
+
+log = logging.getLogger(__name__)
+REMOTE = ("s3://", "http://", "https://", "pipe:")
+BUILTIN = "builtin:"
+GLOB = set("*?[")
+
+
+def is_remote(url: str) -> bool:
+    """Whether a shard must be fetched before it can be read by offset."""
+    return url.startswith(REMOTE)
+
+
+def shown(url: str) -> str:
+    """A URL for messages and logs: without password and query, which may hold a signature."""
+    if url.startswith("pipe:") or "://" not in url:
+        return url
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """All shards that the patterns name, in their order, each once; local ones as absolute paths.
+
+    Raises:
+        ShardError: an empty list, a pattern that matches nothing, or one of an unknown kind.
+    """
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    if not patterns:
+        raise ShardError("the list of shards is empty; give at least one path, glob or URL of a .tar")
+    found = [url for pattern in patterns for url in _expand_one(str(pattern))]
+    once = list(dict.fromkeys(found))
+    if len(once) < len(found):
+        log.warning("%d shards are named more than once; each is read once", len(found) - len(once))
+    return once
+
+
+def _expand_one(pattern: str) -> list[str]:
+    if not pattern.strip():
+        raise ShardError("a pattern of shards is empty; give a path, glob or URL of a .tar")
+    if pattern.startswith(BUILTIN):
+        return _builtin(pattern.removeprefix(BUILTIN))
+    if is_remote(pattern):
+        return [url for part in _braces(pattern) for url in _remote(part, pattern)]
+    if "://" in pattern:
+        scheme = pattern.split("://")[0] + "://"
+        raise ShardError(f"shards '{pattern}': unknown kind '{scheme}'{nearest(scheme, REMOTE)}")
+    if Path(pattern).is_file():
+        return [str(Path(pattern).absolute())]
+    return [path for part in _braces(pattern) for path in _local(part, pattern)]
+
+
+def _braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand(pattern))
+    except UnbalancedBracesError:
+        if pattern.startswith("pipe:"):
+            return [pattern]  # a shell command may hold a lone brace
+        raise ShardError(f"shards '{pattern}': the braces do not match; write {{0000..0099}} or {{a,b}}") from None
+
+
+def _remote(url: str, pattern: str) -> list[str]:
+    if url.startswith("pipe:") or not GLOB & set(urlsplit(url).path):
+        return [url]
+    if not url.startswith("s3://"):
+        raise ShardError(
+            f"shards '{pattern}': a web server cannot be searched; write braces, for example {{0000..0099}}"
+        )
+    return fetch.list_s3(url) or _nothing(pattern)
+
+
+def _local(path: str, pattern: str) -> list[str]:
+    if Path(path).is_dir():
+        raise ShardError(f"shards '{pattern}': '{path}' is a folder; write '{path.rstrip('/')}/*.tar'")
+    if GLOB & set(path):
+        found = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())  # noqa: PTH207
+        return [str(Path(file).absolute()) for file in found] or _nothing(pattern)
+    if not Path(path).is_file():
+        raise ShardError(
+            f"shards '{pattern}': no such file '{path}'; check the path, or build shards with `bridle shards build`"
+        )
+    return [str(Path(path).absolute())]
+
+
+def _nothing(pattern: str) -> list[str]:
+    raise ShardError(f"shards '{pattern}': matches nothing; check the path, or build shards with `bridle shards build`")
+
+
+def _builtin(name: str) -> list[str]:
+    folder = Path(str(resources.files("bridle") / "data" / "sample"))
+    prefix = name if name.endswith("-heldout") else f"{name}-train"
+    found = sorted(str(file) for file in folder.glob("*.tar") if file.name.rpartition("-")[0] == prefix)
+    if not found:
+        known = {file.name.rpartition("-")[0].removesuffix("-train") for file in folder.glob("*.tar")}
+        raise ShardError(f"shards 'builtin:{name}': no such sample{nearest(name, known)}")
+    return found

@@ -1,0 +1,319 @@
+"""A set of shards as one list of samples, each read at its offset. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tarfile
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from bridle.data import index
+from bridle.data.cache import ShardCache
+from bridle.data.errors import SampleError, ShardError
+from bridle.data.patterns import expand, is_remote, shown
+
+log = logging.getLogger(__name__)
+META = ("json", "cls", "txt")
+LARGEST_META = 1 << 20
+SHARDS_OPEN = 128
+"""At most, each with two open files."""
+ASKED_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Sample:
+    """shard: its URL or path. data: the member of the wanted extension. meta: small members by extension, as bytes."""
+
+    shard: str
+    key: str
+    data: bytes
+    extension: str
+    meta: dict[str, bytes]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """KEY.json, parsed; empty without one.
+
+        Raises:
+            SampleError: it is not a JSON object.
+        """
+        try:
+            fields = json.loads(self.meta.get("json", b"{}"))
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            raise SampleError(f"{self.shard}: {self.key}.json is not a JSON object; build the shard again")
+        return fields
+
+    @property
+    def labels(self) -> list[str]:
+        """`labels` or `label` of KEY.json as strings, else KEY.cls; empty without any."""
+        found = self.about.get(
+            "labels", self.about.get("label", self.meta.get("cls", b"").decode(errors="replace").strip())
+        )
+        return [str(label) for label in (found if isinstance(found, list) else [found]) if label != ""]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """url: as given, local ones as absolute paths. count: samples that have a wanted extension."""
+
+    url: str
+    header: index.Header
+    index_path: Path
+    count: int
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is fetched into the cache before it is read."""
+        return is_remote(self.url)
+
+
+def open_shards(
+    patterns: Sequence[str], *, extensions: Sequence[str], cache: str | None = None, cache_gb: float = 50.0
+) -> ShardSet:
+    """Expands patterns and opens the index of every shard, building those that are missing.
+
+    Args:
+        patterns: paths, globs, brace patterns; local, ``s3://``, ``http(s)://``, ``pipe:COMMAND``, ``builtin:NAME``.
+        extensions: of the members wanted, by preference, without a dot; empty: any that is no label.
+        cache: folder for remote shards; default: the user's cache folder.
+        cache_gb: bound on that folder, in 10^9 bytes.
+
+    Raises:
+        ShardError: nothing found, damaged, or no sample with a wanted extension.
+    """
+    shard_cache = ShardCache(cache, cache_gb)
+    wanted = tuple(extension.lower().lstrip(".") for extension in extensions)
+    urls = expand(patterns)
+    if any(map(is_remote, urls)):
+        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+            found = list(pool.map(lambda url: _index_of(url, shard_cache), urls))
+    else:
+        found = [_index_of(url, shard_cache) for url in urls]
+    shards = [
+        Shard(url, header, path, header.with_any_of(set(wanted) or _all_but_meta(header)))
+        for url, (path, header) in zip(urls, found, strict=True)
+    ]
+    _refuse_empty(shards, wanted)
+    return ShardSet(shards, wanted, shard_cache)
+
+
+def _index_of(url: str, cache: ShardCache) -> tuple[Path, index.Header]:
+    return cache.index_of(url) if is_remote(url) else local_index(Path(url), cache)
+
+
+def local_index(path: Path, cache: ShardCache) -> tuple[Path, index.Header]:
+    """The index of a local shard: beside it, or in the cache where its folder cannot be written; built if missing or stale.
+
+    Raises:
+        ShardError: the shard cannot be read, or is damaged.
+    """
+    beside = path.with_name(path.name + index.SUFFIX)
+    try:
+        size = path.stat().st_size
+        for candidate in (beside, cache.index_path(str(path))):
+            if not candidate.exists():
+                continue
+            try:
+                header = index.read_header(candidate)
+            except ShardError as error:
+                log.warning("%s; building it again", error)
+                continue
+            if header.bytes == size:
+                return candidate, header
+            log.warning("%s: made for %d bytes, the shard has %d; building it again", candidate, header.bytes, size)
+        header, entries = index.scan(path)
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read: {error.strerror}; check the file and its permissions") from None
+    try:
+        index.write(beside, header, entries)
+    except OSError as error:
+        log.info("%s: %s; the index goes to the cache", beside, error.strerror)
+        beside = cache.index_path(str(path))
+        index.write(beside, header, entries)
+    return beside, header
+
+
+def _all_but_meta(header: index.Header) -> set[str]:
+    return {extension for kind in header.kinds for extension in kind.split("+")} - set(META)
+
+
+def _refuse_empty(shards: list[Shard], wanted: tuple[str, ...]) -> None:
+    if any(shard.count for shard in shards):
+        return
+    kinds = sorted({extension for shard in shards for kind in shard.header.kinds for extension in kind.split("+")})
+    names = ", ".join(shown(shard.url) for shard in shards[:3]) + (", …" if len(shards) > 3 else "")
+    found = f"found only: {', '.join(kinds[:20])}" if kinds else "they hold no samples at all"
+    expected = f"with a member of {', '.join(wanted)}" if wanted else "with a media member"
+    raise ShardError(f"no sample {expected} in {len(shards)} shards ({names}); {found}")
+
+
+class ShardSet:
+    """All samples of a list of shards, numbered through. Safe over fork and pickle; one thread at a time.
+
+    Attributes:
+        shards: `Shard` of each URL, in order.
+        extensions: wanted members, by preference.
+    """
+
+    def __init__(self, shards: list[Shard], extensions: tuple[str, ...], cache: ShardCache) -> None:
+        self.shards, self.extensions, self.cache = shards, extensions, cache
+        self._ends = list(accumulate(shard.count for shard in shards))
+        self._lines: dict[int, np.ndarray] = {}
+        self._open: OrderedDict[int, tuple[BinaryIO, BinaryIO]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lines": {}, "_open": OrderedDict()}
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each shard."""
+        return [shard.count for shard in self.shards]
+
+    @property
+    def remote_bytes(self) -> int:
+        """Bytes of all shards that go through the cache."""
+        return sum(shard.header.bytes for shard in self.shards if shard.remote)
+
+    def where(self, i: int) -> tuple[str, str]:
+        """Shard and key of sample `i`.
+
+        Raises:
+            ShardError, SampleError: see `read`.
+        """
+        number, entry, _ = self._entry(i)
+        return shown(self.shards[number].url), entry.key
+
+    def read(self, i: int, *, meta: bool = True) -> Sample:
+        """Sample `i` of 0 to len - 1; `meta` false leaves the small members unread.
+
+        Raises:
+            SampleError: this sample cannot be read; others can.
+            ShardError: its shard cannot be had, or its index is not its own.
+        """
+        number, entry, tar = self._entry(i)
+        extension = next((wanted for wanted in self.extensions if wanted in entry.members), None)
+        extension = extension or next(found for found in entry.members if found not in META)
+        url = shown(self.shards[number].url)
+        small = {}
+        if meta:
+            small = {
+                name: _read_at(tar, at, url, entry.key)
+                for name, at in entry.members.items()
+                if name in META and at[1] <= LARGEST_META
+            }
+        return Sample(url, entry.key, _read_at(tar, entry.members[extension], url, entry.key), extension, small)
+
+    def prefetch(self, number: int) -> None:
+        """Brings a remote shard into the cache unless it is there or another process is at it.
+
+        Raises:
+            ShardError: it cannot be had.
+        """
+        shard = self.shards[number]
+        if shard.remote and number not in self._open:
+            self.cache.fetch(shard.url, shard.header, wait=False)
+
+    def _entry(self, i: int) -> tuple[int, index.Entry, BinaryIO]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        number = bisect_right(self._ends, i)
+        within = i - (self._ends[number] - self.shards[number].count)
+        tar, lines_file = self._opened(number)
+        lines = self._lines[number]
+        begin, end = int(lines[2 * within]), int(lines[2 * within + 1])
+        line = os.pread(lines_file.fileno(), end - begin, begin)
+        try:
+            return number, index.parse_entry(line), tar
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise self._bad_index(number, f"line at offset {begin} is damaged") from None
+
+    def _opened(self, number: int) -> tuple[BinaryIO, BinaryIO]:
+        opened = self._open.get(number)
+        if opened is None:
+            opened = self._open_files(number)
+            if number not in self._lines:
+                self._lines[number] = self._find_lines(number, opened[1])
+                self._check_ends(number, *opened)
+            self._open[number] = opened
+            if len(self._open) > SHARDS_OPEN:
+                for file in self._open.popitem(last=False)[1]:
+                    file.close()
+        else:
+            self._open.move_to_end(number)
+        return opened
+
+    def _open_files(self, number: int) -> tuple[BinaryIO, BinaryIO]:
+        shard = self.shards[number]
+        for attempt in range(3):  # another process may evict it between fetching and opening
+            path = self.cache.fetch(shard.url, shard.header) if shard.remote else Path(shard.url)
+            assert path is not None
+            try:
+                return path.open("rb", buffering=0), shard.index_path.open("rb", buffering=0)
+            except OSError as error:
+                if not shard.remote or attempt == 2:
+                    fix = "it was there when the run began; put it back and start again"
+                    raise ShardError(f"{error.filename}: {error.strerror}; {fix}") from None
+        raise AssertionError("unreachable")
+
+    def _find_lines(self, number: int, lines_file: BinaryIO) -> np.ndarray:
+        """Begin and end of the index line of each sample that counts, [2 * count]: keys and offsets stay on disk."""
+        content = lines_file.read()
+        ends = np.flatnonzero(np.frombuffer(content, dtype=np.uint8) == ord("\n"))
+        shard = self.shards[number]
+        if len(ends) != shard.header.samples + 1:
+            raise self._bad_index(number, f"{len(ends) - 1} lines for {shard.header.samples} samples")
+        pairs = np.stack([ends[:-1] + 1, ends[1:]], axis=1)
+        if shard.count < shard.header.samples:
+            wanted = set(self.extensions) or _all_but_meta(shard.header)
+            try:
+                kept = [bool(wanted & index.parse_entry(content[a:b]).members.keys()) for a, b in pairs]
+            except (ValueError, KeyError, TypeError, IndexError):
+                raise self._bad_index(number, "a line is damaged") from None
+            pairs = pairs[kept]
+        return pairs.reshape(-1).astype(np.int32 if len(content) < 2**31 else np.int64)
+
+    def _check_ends(self, number: int, tar: BinaryIO, lines_file: BinaryIO) -> None:
+        """An index of the right size may still be another tar's: the first and last sample's tar headers tell."""
+        lines = self._lines[number]
+        for begin, end in {(int(lines[0]), int(lines[1])), (int(lines[-2]), int(lines[-1]))}:
+            try:
+                for offset, size in index.parse_entry(
+                    os.pread(lines_file.fileno(), end - begin, begin)
+                ).members.values():
+                    block = os.pread(tar.fileno(), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+                    if tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size != size:
+                        raise ValueError
+            except (ValueError, KeyError, TypeError, IndexError, OSError, tarfile.TarError):
+                raise self._bad_index(number, "it does not fit the tar") from None
+
+    def _bad_index(self, number: int, fault: str) -> ShardError:
+        path = self.shards[number].index_path
+        return ShardError(f"{path}: {fault}; delete it, and it is built again from {shown(self.shards[number].url)}")
+
+
+def _read_at(tar: BinaryIO, at: tuple[int, int], url: str, key: str) -> bytes:
+    offset, size = at
+    try:
+        data = os.pread(tar.fileno(), size, offset)
+    except OSError as error:
+        raise SampleError(f"{url}: sample '{key}' at offset {offset}: {error.strerror}") from None
+    if len(data) != size:
+        raise SampleError(
+            f"{url}: sample '{key}' at offset {offset}: {len(data)} bytes, expected {size}; the shard was cut"
+        )
+    return data

@@ -1,0 +1,215 @@
+"""The stream: micro-batches in an order that no rank, worker or restart can change."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from bridle.data.errors import SampleError, ShardError
+from bridle.data.order import SampleOrder
+from bridle.data.shards import ShardSet
+
+log = logging.getLogger(__name__)
+Make = Callable[[bytes, np.random.Generator], dict[str, torch.Tensor]]
+SUCCESSORS = 256
+"""Samples tried for one position before the stream gives up."""
+
+
+@dataclass(frozen=True)
+class Corrupt:
+    """A position whose own sample could not be read or made, and whose successor stands in for it."""
+
+    position: int
+    shard: str
+    key: str
+    error: str
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """tensors: stacked over the samples, each ``[b, ...]``. positions: of the samples, one after another."""
+
+    tensors: dict[str, torch.Tensor]
+    positions: list[int]
+    corrupt: list[Corrupt]
+
+
+class Stream:
+    """Samples of a set of shards, made into tensors, in the order of `SampleOrder`.
+
+    Args:
+        shards: what to read.
+        make: bytes and a generator to named tensors; picklable. Its ValueError (ClipError) means a corrupt sample. The
+            generator is ``np.random.default_rng((seed, epoch, position))``.
+        seed, block, window, shuffle: see `SampleOrder`.
+    """
+
+    def __init__(
+        self, shards: ShardSet, make: Make, *, seed: int, block: int, window: int, shuffle: bool = True
+    ) -> None:
+        self.shards, self.make, self.seed = shards, make, seed
+        self.order = SampleOrder(shards.counts, seed, block, window, shuffle)
+        largest = max(shards.counts)
+        if shards.remote_bytes > shards.cache.limit and block < largest:
+            log.warning(
+                "the remote shards (%.1f GB) do not fit the cache (%.1f GB), so shards will be fetched again and again: raise "
+                "data.cache_gb, or set data.shuffle_block=%d (a whole shard) and a data.shuffle_window of a few",
+                shards.remote_bytes / 1e9,
+                shards.cache.limit / 1e9,
+                largest,
+            )
+
+    def micro_batches(
+        self,
+        *,
+        start: int,
+        stop: int | None,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world: int,
+        workers: int,
+    ) -> Iterator[MicroBatch]:
+        """One rank's share of the global batches from position `start` up to `stop` (none: without end).
+
+        Global batch g covers ``[start + g * batch_size, start + (g + 1) * batch_size)``, cut at `stop`. It goes in steps of
+        ``world * micro_batch_size`` positions, of which rank r takes the r-th run of `micro_batch_size`. An empty share is
+        left out, so at the end of a batch a rank may get fewer micro-batches than another.
+
+        Raises:
+            ShardError: a shard cannot be had, `SUCCESSORS` samples in a row are corrupt, or a worker died.
+        """
+        if min(batch_size, micro_batch_size, world) < 1 or not 0 <= rank < world or start < 0 or workers < 0:
+            raise ValueError(
+                f"no stream for batch {batch_size}, micro-batch {micro_batch_size}, rank {rank} of {world}"
+            )
+        shares = _Shares(start, stop, batch_size, micro_batch_size, rank, world)
+        loader: Any = DataLoader(
+            _Positions(self), batch_size=None, sampler=shares, num_workers=workers, collate_fn=_same
+        )
+        batches = iter(loader)
+        while True:
+            try:
+                found = next(batches, None)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise ShardError(
+                    f"a loader process died ({' '.join(str(error).split())[:200]}); out of memory or of shared memory? Try "
+                    "fewer data.workers, or a larger /dev/shm (docker: --shm-size)"
+                ) from None
+            if found is None:
+                return
+            if isinstance(found, ShardError):
+                raise found
+            yield found
+
+
+def _same(found: Any) -> Any:
+    return found
+
+
+class _Shares(Sampler[range]):
+    """Runs of positions, one for each micro-batch of a rank."""
+
+    def __init__(self, start: int, stop: int | None, batch: int, micro: int, rank: int, world: int) -> None:
+        self.start, self.stop, self.batch, self.micro, self.rank, self.world = start, stop, batch, micro, rank, world
+
+    def __iter__(self) -> Iterator[range]:
+        first = self.start
+        while self.stop is None or first < self.stop:
+            end = first + self.batch if self.stop is None else min(first + self.batch, self.stop)
+            for step in range(first, end, self.world * self.micro):
+                begin = step + self.rank * self.micro
+                if begin < end:
+                    yield range(begin, min(begin + self.micro, end))
+            first += self.batch
+
+
+class _Positions(Dataset[Any]):
+    """From a run of positions to a micro-batch; lives in the worker processes."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.prefetcher: _Prefetcher | None = None
+
+    def __getitem__(self, positions: range) -> MicroBatch | ShardError:
+        """A ShardError is handed over as a value, since the loader would bury it under a traceback."""
+        if self.stream.shards.remote_bytes:
+            self.prefetcher = self.prefetcher or _Prefetcher(self.stream.shards)
+            self.prefetcher.want(self.stream.order.upcoming_shards(positions[0]))
+        corrupt: list[Corrupt] = []
+        try:
+            made = [self._make(position, corrupt) for position in positions]
+        except ShardError as error:
+            return ShardError(str(error))
+        tensors = {name: torch.stack([sample[name] for sample in made]) for name in made[0]}
+        return MicroBatch(tensors, list(positions), corrupt)
+
+    def _make(self, position: int, corrupt: list[Corrupt]) -> dict[str, torch.Tensor]:
+        stream = self.stream
+        epoch, sample = stream.order.locate(position)
+        count = len(stream.order)
+        for distance in range(min(count, SUCCESSORS)):
+            if distance:  # wraps within the epoch
+                _, sample = stream.order.locate(epoch * count + (position + distance) % count)
+            rng = np.random.default_rng((stream.seed, epoch, position))
+            try:
+                return stream.make(stream.shards.read(sample, meta=False).data, rng)
+            except SampleError as error:
+                fault: ValueError = error
+            except ShardError:
+                raise
+            except ValueError as error:
+                fault = error
+            if not distance:
+                corrupt.append(Corrupt(position, *stream.shards.where(sample), str(fault)))
+        first = corrupt[-1]
+        raise ShardError(
+            f"{first.shard}: sample '{first.key}' ({first.error}) and every one of the {distance} samples behind it are "
+            "corrupt; run `bridle shards check` on the shards, and check that they belong to this modality"
+        )
+
+
+class _Prefetcher:
+    """Fetches the shards that come next in a thread, while the current ones are read."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self.shards = shards
+        self.wanted: list[int] = []
+        self.changed = threading.Condition()
+        threading.Thread(target=self._work, name="bridle-prefetch", daemon=True).start()
+
+    def want(self, numbers: list[int]) -> None:
+        """What to have, in order; as much of it as half the cache holds."""
+        room = self.shards.cache.limit // 2
+        kept = []
+        for number in numbers:
+            room -= self.shards.shards[number].header.bytes
+            if room < 0:
+                break
+            kept.append(number)
+        with self.changed:
+            if kept != self.wanted:
+                self.wanted = kept
+                self.changed.notify()
+
+    def _work(self) -> None:
+        done: list[int] = []
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.wanted != done)
+                done = list(self.wanted)
+            for number in done:
+                with contextlib.suppress(ShardError, OSError):  # the reader meets the same fault, and reports it
+                    self.shards.prefetch(number)
+                if done != self.wanted:
+                    break
