@@ -21,7 +21,7 @@ from bridle.modalities.clip import Limits, TooLargeError, UndecodableError, Wron
 from bridle.modalities.fbank import SAMPLE_RATE
 
 CODECS = (
-    "aac", "alac", "flac", "mp3", "mp3float", "opus", "vorbis",
+    "aac", "ac3", "alac", "eac3", "flac", "mp2float", "mp3", "mp3float", "opus", "vorbis",
     "pcm_s16be", "pcm_s16le", "pcm_s24be", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_u8", "pcm_alaw", "pcm_mulaw",
 )  # fmt: skip
 """Decoders that FFmpeg may use."""
