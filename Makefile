@@ -1,0 +1,57 @@
+# make setup | demo | test | lint | clean | lock. Each does all the set-up it needs; needs Python >= 3.11 and a C compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO ?= runs/demo
+DEMO_CLIP := $(DEMO)/clip.flac
+PYTEST_ARGS ?=
+
+.DELETE_ON_ERROR:
+.PHONY: setup demo test lint clean lock
+
+setup: $(INSTALLED)
+
+# Runs once, and again when the pins or the project's metadata change.
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: $(PYTHON) is Python " + sys.version.split()[0] + ", 3.11 or newer is needed; give one with make PYTHON=/path/to/python3.11")'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo 'make: $(PYTHON) has no ensurepip; install it (Debian: apt-get install python3-venv)' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# PATH as in a shell with the environment active: the commands are then the ones that the README prints.
+demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
+demo: $(INSTALLED)
+	deepspeed --num_gpus 2 bridle/pretrain.py --deepspeed_config ds_configs/zero2.json --run $(DEMO)
+	bridle export $(DEMO) $(DEMO)/model
+	python examples/one_clip.py builtin:audio-heldout $(DEMO_CLIP)
+	bridle tokenize $(DEMO)/model $(DEMO_CLIP)
+	bridle codebooks $(DEMO)/model builtin:audio-heldout --out $(DEMO)/codebooks
+	bridle report $(DEMO)
+	@echo
+	@echo 'The model folder: $(DEMO)/model'
+	@echo 'The picture:      $(DEMO)/codebooks'
+	@echo 'The page:         $(DEMO)/report.html'
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Leaves runs/ alone: that is somebody's work.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# New pins: keeps those that still fit pyproject.toml; with UPGRADE=--upgrade, takes the newest.
+lock:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet uv
+	$(VENV)-lock/bin/uv pip compile pyproject.toml --extra dev --extra bench --universal $(UPGRADE) \
+		--custom-compile-command 'make lock' --output-file requirements.lock --quiet
+	rm -rf $(VENV)-lock
