@@ -232,15 +232,16 @@ def _open_ffmpeg(data: bytes, kind: Kind) -> Recording:
     try:
         container = av.open(io.BytesIO(data), mode="r", format=kind.demuxer, options=options, metadata_errors="replace")
         streams = container.streams.audio
-        rate = streams[0].codec_context.sample_rate if streams else 0
     except (av.FFmpegError, ValueError) as error:
         raise _corrupt(kind, error) from None
     if not streams:
         raise WrongKindError(f"{kind.name}: the file has no sound track; {_TAKES}")
     stream = streams[0]
-    codec = stream.codec_context.name
-    if codec not in CODECS:
+    context: av.AudioCodecContext | None = stream.codec_context  # none where FFmpeg does not know the codec at all
+    if context is None or context.name not in CODECS:
+        codec = context.name if context else "unknown"
         raise WrongKindError(f"{kind.name}: codec {codec} is not accepted; convert the file to flac, mp3, opus or aac")
+    rate = context.sample_rate
     frames = _stated_frames(container, stream, rate) if kind.states_length else None
 
     def blocks(_: int) -> Iterator[np.ndarray]:

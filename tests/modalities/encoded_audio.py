@@ -97,6 +97,18 @@ def encode_with_ffmpeg(
         return path.read_bytes()
 
 
+def remux(data: bytes, container: str) -> bytes:
+    """The same packets of sound in another container."""
+    target = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(target, "w", format=container) as output:
+        stream = output.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(audio=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                output.mux(packet)
+    return target.getvalue()
+
+
 def _add_pictures(output: av.container.OutputContainer) -> None:
     stream = output.add_stream("mpeg4", rate=10)
     stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
