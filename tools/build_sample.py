@@ -1,8 +1,8 @@
 """Packs the shards that ship inside the package: ``python tools/build_sample.py SRC [DST]``.
 
-SRC holds ``audio/LABEL/*``, ``images/LABEL/*``, ``videos/LABEL/*`` and ``LICENSES.tsv`` (file, licence, author, source).
-Within each modality's budget the smallest files are taken, and some of every label in any case. About 15 % of each label,
-chosen by a hash of the name, is held out. The same SRC gives the same bytes.
+SRC holds ``audio/LABEL/*``, ``images/LABEL/*``, ``videos/LABEL/*`` and ``LICENSES.tsv`` (file, licence, author,
+source). Within each modality's budget the smallest files are taken, and some of every label in any case. About 15 % of
+each label, chosen by a hash of the name, is held out. The same SRC gives the same bytes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def main() -> int:
             print(f"{shard.name}: {header.samples} samples, {header.bytes} bytes", file=sys.stderr)
             for sample in samples:
                 row = licences[sample.source.relative_to(args.src).as_posix()]
-                rows.append([f"{shard.name}/{sample.key}.{sample.extension}", row["licence"], row["author"], row["source"]])
+                rows.append(
+                    [f"{shard.name}/{sample.key}.{sample.extension}", row["licence"], row["author"], row["source"]]
+                )
     with (args.dst / "LICENSES.tsv").open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
         writer.writerows([["file", "licence", "author", "source"], *sorted(rows)])

@@ -22,6 +22,7 @@ from bridle.data.patterns import shown
 log = logging.getLogger(__name__)
 LARGEST_INDEX = 1 << 30
 LEFTOVER_SECONDS = 24 * 3600
+AGAIN = "upload the shard and its index again"
 
 
 def default_folder() -> Path:
@@ -49,7 +50,7 @@ class ShardCache:
         return self._made("indexes") / f"{_hashed(url)}{index.SUFFIX}"
 
     def index_of(self, url: str) -> tuple[Path, index.Header]:
-        """The index of a remote shard: ``URL.index`` where that exists, else made from the shard, which is fetched for it.
+        """The index of a remote shard: ``URL.index`` where that exists, else made from the shard, fetched for it.
 
         Raises:
             ShardError: the shard cannot be had, or is not a tar.
@@ -59,7 +60,9 @@ class ShardCache:
             return path, self._published(url, path) or self._kept(url, path) or self._made_from_shard(url, path)
 
     def fetch(self, url: str, header: index.Header | None = None, *, wait: bool = True) -> Path | None:
-        """The local file of a remote shard, fetched if it is not there; none when another process is at it and not `wait`.
+        """The local file of a remote shard, fetched if it is not there.
+
+        Without `wait` the answer is none while another process is at it.
 
         Raises:
             ShardError: it cannot be had, does not fit the cache, or is not what the index says.
@@ -125,12 +128,10 @@ class ShardCache:
         with written_aside(path) as stream:
             size = fetch.download(url, name, stream, self.limit)
             if header and size != header.bytes:
-                raise ShardError(
-                    f"{name}: {size} bytes, but its index says {header.bytes}; upload the shard and its index again"
-                )
+                raise ShardError(f"{name}: {size} bytes, but its index says {header.bytes}; {AGAIN}")
             if header and header.sha256:
                 stream.flush()
-                with open(stream.fileno(), "rb", closefd=False) as written:  # noqa: PTH123 - a file without a name yet
+                with open(stream.fileno(), "rb", closefd=False) as written:
                     _check_hash(written, header.sha256, name)
 
     def _is_there(self, path: Path, header: index.Header | None) -> bool:
@@ -189,6 +190,4 @@ def _check_hash(stream: io.BufferedReader, expected: str, name: str) -> None:
     stream.seek(0)
     found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != expected:
-        raise ShardError(
-            f"{name}: sha256 {found[:16]}…, but its index says {expected[:16]}…; upload the shard and its index again"
-        )
+        raise ShardError(f"{name}: sha256 {found[:16]}…, but its index says {expected[:16]}…; {AGAIN}")

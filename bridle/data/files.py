@@ -31,7 +31,7 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
             stream.flush()
             os.fchmod(stream.fileno(), 0o644)
             os.fsync(stream.fileno())
-        os.replace(aside, path)
+        Path(aside).replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         Path(aside).unlink(missing_ok=True)

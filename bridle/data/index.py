@@ -8,12 +8,13 @@
 
     {"key": "dog/1-100032-A-0", "members": {"wav": [512, 441044], "json": [442368, 96]}}
 
-with [offset, size] in bytes. WebDataset's rule makes a member's key: folder and base name up to its first dot; the rest,
-lower case, is its extension.
+with [offset, size] in bytes. WebDataset's rule makes a member's key: folder and base name up to its first dot; the
+rest, lower case, is its extension.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ SUFFIX = ".index"
 KEY_RULE = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
 ZERO_BLOCKS = bytes(2 * tarfile.BLOCKSIZE)
 COPIED_AT_ONCE = 1 << 20
+AGAIN = "copy or build the shard again"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Entry:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and extension of a member by WebDataset's rule; none for a name that makes no sample (``._x``, ``README``)."""
+    """Key and extension of a member by WebDataset's rule; none for names that make no sample (``._x``, ``README``)."""
     match = KEY_RULE.match(name)
     return (match[1], match[2].lower()) if match else None
 
@@ -90,7 +92,7 @@ def _entries(path: Path, stream: BinaryIO, size: int) -> list[Entry]:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 named = split_name(member.name) if member.isreg() else None
-                tar.members = []  # tarfile keeps all it has seen
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps all it has seen
                 if named is None:
                     continue
                 key, extension = named
@@ -104,9 +106,7 @@ def _entries(path: Path, stream: BinaryIO, size: int) -> list[Entry]:
                 entries[-1].members[extension] = (member.offset_data, member.size)
             end = tar.offset
     except (tarfile.TarError, EOFError) as error:
-        raise ShardError(
-            f"{path}: not a whole tar: {error} (file of {size} bytes); copy or build the shard again"
-        ) from None
+        raise ShardError(f"{path}: not a whole tar: {error} (file of {size} bytes); {AGAIN}") from None
     _check_end(path, stream, end, size)
     return entries
 
@@ -117,13 +117,12 @@ def _check_end(path: Path, stream: BinaryIO, end: int, size: int) -> None:
     found = stream.read(len(ZERO_BLOCKS))
     if len(found) < len(ZERO_BLOCKS):
         raise ShardError(
-            f"{path}: truncated: at offset {end} found {len(found)} bytes to the end of the file ({size} bytes), expected a "
-            "member or the two zero blocks that end a tar; copy or build the shard again"
+            f"{path}: truncated: at offset {end} found {len(found)} bytes to the end of the file ({size} bytes), "
+            f"expected a member or the two zero blocks that end a tar; {AGAIN}"
         )
     if found != ZERO_BLOCKS:
         raise ShardError(
-            f"{path}: damaged: the 512 bytes at offset {end} are neither a valid header nor the end of a tar; "
-            "copy or build the shard again"
+            f"{path}: damaged: the 512 bytes at offset {end} are neither a valid header nor the end of a tar; {AGAIN}"
         )
     while block := stream.read(COPIED_AT_ONCE):
         if block.strip(b"\0"):
@@ -135,8 +134,8 @@ def _check_end(path: Path, stream: BinaryIO, end: int, size: int) -> None:
 
 def _duplicate(path: Path, name: str, offset: int, fault: str) -> ShardError:
     return ShardError(
-        f"{path}: member '{name}' at offset {offset}: {fault}; keys end at the first dot of the base name, and the members "
-        "of a sample stand next to each other: rename them or build the shard again"
+        f"{path}: member '{name}' at offset {offset}: {fault}; keys end at the first dot of the base name, "
+        "and the members of a sample stand next to each other: rename them or build the shard again"
     )
 
 
@@ -155,7 +154,7 @@ def _refuse_compressed(path: Path, stream: BinaryIO) -> None:
 
 def _sha256(stream: BinaryIO) -> str:
     stream.seek(0)
-    return hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def write(path: Path, header: Header, entries: list[Entry]) -> None:
@@ -164,15 +163,8 @@ def write(path: Path, header: Header, entries: list[Entry]) -> None:
     Raises:
         ShardError: no room on the disk.
     """
-    fields = {
-        "version": VERSION,
-        "bytes": header.bytes,
-        "samples": header.samples,
-        "kinds": header.kinds,
-        "sha256": header.sha256,
-    }
     with written_aside(path) as stream:
-        stream.write(_line(fields))
+        stream.write(_line({"version": VERSION, **dataclasses.asdict(header)}))
         for entry in entries:
             stream.write(_line({"key": entry.key, "members": entry.members}))
 

@@ -1,7 +1,8 @@
 """The order of the samples: a pure function of (samples in each shard, seed, epoch, position).
 
-An epoch permutes blocks of neighbouring samples over all shards, then mixes the samples of each window of blocks. Blocks
-keep reading local, windows keep neighbours apart, and no rank, worker or time enters: whoever asks gets the same answer.
+An epoch permutes blocks of neighbouring samples over all shards, then mixes the samples of each window of blocks.
+Blocks keep reading local, windows keep neighbours apart, and no rank, worker or time enters: whoever asks gets the same
+answer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ WINDOWS_KEPT = 8
 
 @dataclass(frozen=True)
 class _Epoch:
-    """blocks: block numbers in the epoch's order, int32 or int64 [B]. starts: first position of each window, and the end."""
+    """blocks: in the epoch's order, int32 or int64 [B]. starts: first position of each window, and the end."""
 
     blocks: np.ndarray
     starts: np.ndarray

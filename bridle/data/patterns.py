@@ -1,4 +1,4 @@
-"""From what a user writes to a list of shards: paths, globs, braces, ``s3://``, ``http(s)://``, ``pipe:``, ``builtin:``."""
+"""From what a user writes to shards: paths, globs, braces, ``s3://``, ``http(s)://``, ``pipe:``, ``builtin:``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
 from bridle.config import nearest
 from bridle.data import fetch
@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 REMOTE = ("s3://", "http://", "https://", "pipe:")
 BUILTIN = "builtin:"
 GLOB = set("*?[")
+BUILD = "check the path, or build shards with `bridle shards build`"
 
 
 def is_remote(url: str) -> bool:
@@ -92,14 +93,12 @@ def _local(path: str, pattern: str) -> list[str]:
         found = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())  # noqa: PTH207
         return [str(Path(file).absolute()) for file in found] or _nothing(pattern)
     if not Path(path).is_file():
-        raise ShardError(
-            f"shards '{pattern}': no such file '{path}'; check the path, or build shards with `bridle shards build`"
-        )
+        raise ShardError(f"shards '{pattern}': no such file '{path}'; {BUILD}")
     return [str(Path(path).absolute())]
 
 
 def _nothing(pattern: str) -> list[str]:
-    raise ShardError(f"shards '{pattern}': matches nothing; check the path, or build shards with `bridle shards build`")
+    raise ShardError(f"shards '{pattern}': matches nothing; {BUILD}")
 
 
 def _builtin(name: str) -> list[str]:

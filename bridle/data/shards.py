@@ -114,7 +114,7 @@ def _index_of(url: str, cache: ShardCache) -> tuple[Path, index.Header]:
 
 
 def local_index(path: Path, cache: ShardCache) -> tuple[Path, index.Header]:
-    """The index of a local shard: beside it, or in the cache where its folder cannot be written; built if missing or stale.
+    """The index of a local shard, built if missing or stale: beside it, or in the cache if its folder is read-only.
 
     Raises:
         ShardError: the shard cannot be read, or is damaged.

@@ -60,8 +60,8 @@ class Stream:
         largest = max(shards.counts)
         if shards.remote_bytes > shards.cache.limit and block < largest:
             log.warning(
-                "the remote shards (%.1f GB) do not fit the cache (%.1f GB), so shards will be fetched again and again: raise "
-                "data.cache_gb, or set data.shuffle_block=%d (a whole shard) and a data.shuffle_window of a few",
+                "the remote shards (%.1f GB) do not fit the cache (%.1f GB), so shards will be fetched over and over: "
+                "raise data.cache_gb, or set data.shuffle_block=%d (a whole shard) and a data.shuffle_window of a few",
                 shards.remote_bytes / 1e9,
                 shards.cache.limit / 1e9,
                 largest,
@@ -80,9 +80,9 @@ class Stream:
     ) -> Iterator[MicroBatch]:
         """One rank's share of the global batches from position `start` up to `stop` (none: without end).
 
-        Global batch g covers ``[start + g * batch_size, start + (g + 1) * batch_size)``, cut at `stop`. It goes in steps of
-        ``world * micro_batch_size`` positions, of which rank r takes the r-th run of `micro_batch_size`. An empty share is
-        left out, so at the end of a batch a rank may get fewer micro-batches than another.
+        Global batch g covers ``[start + g * batch_size, start + (g + 1) * batch_size)``, cut at `stop`. It goes in
+        steps of ``world * micro_batch_size`` positions, of which rank r takes the r-th run of `micro_batch_size`. An
+        empty share is left out, so at the end of a batch a rank may get fewer micro-batches than another.
 
         Raises:
             ShardError: a shard cannot be had, `SUCCESSORS` samples in a row are corrupt, or a worker died.
@@ -92,8 +92,14 @@ class Stream:
                 f"no stream for batch {batch_size}, micro-batch {micro_batch_size}, rank {rank} of {world}"
             )
         shares = _Shares(start, stop, batch_size, micro_batch_size, rank, world)
+        # Its own generator: else every stream would move torch's global one.
         loader: Any = DataLoader(
-            _Positions(self), batch_size=None, sampler=shares, num_workers=workers, collate_fn=_same
+            _Positions(self),
+            batch_size=None,
+            sampler=shares,
+            num_workers=workers,
+            collate_fn=_same,
+            generator=torch.Generator(),
         )
         batches = iter(loader)
         while True:
@@ -103,8 +109,8 @@ class Stream:
                 if "DataLoader worker" not in str(error):
                     raise
                 raise ShardError(
-                    f"a loader process died ({' '.join(str(error).split())[:200]}); out of memory or of shared memory? Try "
-                    "fewer data.workers, or a larger /dev/shm (docker: --shm-size)"
+                    f"a loader process died ({' '.join(str(error).split())[:200]}); out of memory or of shared memory? "
+                    "Try fewer data.workers, or a larger /dev/shm (docker: --shm-size)"
                 ) from None
             if found is None:
                 return
@@ -174,8 +180,8 @@ class _Positions(Dataset[Any]):
                 corrupt.append(Corrupt(position, *stream.shards.where(sample), str(fault)))
         first = corrupt[-1]
         raise ShardError(
-            f"{first.shard}: sample '{first.key}' ({first.error}) and every one of the {distance} samples behind it are "
-            "corrupt; run `bridle shards check` on the shards, and check that they belong to this modality"
+            f"{first.shard}: sample '{first.key}' ({first.error}) and every one of the {distance} samples behind it "
+            "are corrupt; run `bridle shards check` on the shards, and check that they belong to this modality"
         )
 
 
@@ -185,6 +191,7 @@ class _Prefetcher:
     def __init__(self, shards: ShardSet) -> None:
         self.shards = shards
         self.wanted: list[int] = []
+        self.fresh = False
         self.changed = threading.Condition()
         threading.Thread(target=self._work, name="bridle-prefetch", daemon=True).start()
 
@@ -199,17 +206,16 @@ class _Prefetcher:
             kept.append(number)
         with self.changed:
             if kept != self.wanted:
-                self.wanted = kept
+                self.wanted, self.fresh = kept, True
                 self.changed.notify()
 
     def _work(self) -> None:
-        done: list[int] = []
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.wanted != done)
-                done = list(self.wanted)
-            for number in done:
+                self.changed.wait_for(lambda: self.fresh)
+                self.fresh, numbers = False, self.wanted
+            for number in numbers:
                 with contextlib.suppress(ShardError, OSError):  # the reader meets the same fault, and reports it
                     self.shards.prefetch(number)
-                if done != self.wanted:
+                if self.fresh:
                     break

@@ -1,0 +1,128 @@
+"""`bridle shards build|index|check`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bridle.data import index
+from bridle.data.build import build
+from bridle.data.cache import ShardCache
+from bridle.data.check import Decode, check_shard
+from bridle.data.importers import IMPORTERS, Source, plan
+from bridle.data.patterns import expand, is_remote, shown
+from bridle.data.writer import write_index
+from bridle.modalities import REGISTRY, build_modality
+
+HELP = "build shards from a data set, index them, or check them"
+NAMED = 5
+REPORT_SECONDS = 2.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The three actions and their options."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="build|index|check")
+    making = actions.add_parser("build", help="pack a data set into tar shards")
+    making.add_argument("--kind", required=True, choices=sorted(IMPORTERS), help="layout of SRC (see docs/data.md)")
+    making.add_argument("src", type=Path, help="folder of the data set")
+    making.add_argument("dst", type=Path, help="folder for the shards; a second run goes on where the first stopped")
+    making.add_argument("--shard-size", type=_positive(float), default=256.0, metavar="MB", help="10^6 bytes (256)")
+    making.add_argument(
+        "--samples-per-shard", type=_positive(int), metavar="N", help="close a shard after N samples too"
+    )
+    making.add_argument("--segments", type=Path, metavar="CSV", help="audioset: the table, where SRC holds several")
+    indexing = actions.add_parser("index", help="build the index, with sha256, of each shard")
+    checking = actions.add_parser("check", help="read every sample and report what is wrong")
+    checking.add_argument("--modality", choices=sorted(REGISTRY), help="also decode every sample")
+    for action in (indexing, checking):
+        action.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, globs, braces; s3://, https://, pipe:")
+        action.add_argument("--cache", metavar="DIR", help="folder for remote shards (~/.cache/bridle)")
+        action.add_argument("--cache-gb", type=_positive(float), default=50.0, metavar="GB", help="its bound (50)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the action; 0 on success, 1 where a check finds faults."""
+    return {"build": _build, "index": _index, "check": _check}[args.action](args)
+
+
+def _build(args: argparse.Namespace) -> int:
+    found = plan(args.kind, Source(args.src, args.segments))
+    total = len(found.samples)
+    print(f"{total} samples found, {found.ignored} other files left out", file=sys.stderr)
+    began = last = time.monotonic()
+
+    def progress(samples: int, size: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= REPORT_SECONDS or samples == total:
+            rate = samples / max(now - began, 1e-9)
+            left = (total - samples) / max(rate, 1e-9)
+            print(f"{samples}/{total} samples, {size / 1e6:.0f} MB, {rate:.0f}/s, {left:.0f} s left", file=sys.stderr)
+            last = now
+
+    built = build(
+        found,
+        args.dst,
+        shard_bytes=int(args.shard_size * 1e6),
+        samples_per_shard=args.samples_per_shard,
+        progress=progress,
+    )
+    if found.missing:
+        names = ", ".join(found.missing[:NAMED]) + (", …" if len(found.missing) > NAMED else "")
+        where = args.dst / "missing.txt"
+        print(f"{len(found.missing)} files are missing or empty: {names} (all in {where})", file=sys.stderr)
+    kept = f", {built.kept} of them from an earlier run" if built.kept else ""
+    print(f"{args.dst}: {built.shards} shards{kept}, {built.samples} samples, {built.bytes} bytes")
+    return 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    cache = ShardCache(args.cache, args.cache_gb)
+    for url in expand(args.shards):
+        if is_remote(url):
+            path, header = cache.index_of(url)
+        else:
+            path = Path(f"{url}{index.SUFFIX}")
+            header = write_index(Path(url), path)
+        print(f"{shown(url)}: {header.samples} samples, {header.bytes} bytes, index {path}", flush=True)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    decode: Decode | None = None
+    extensions: tuple[str, ...] = ()
+    if args.modality:
+        modality = build_modality(args.modality, {})
+        extensions = modality.extensions
+
+        def decode(data: bytes) -> object:
+            return [None for _ in modality.windows(data)]
+
+    urls = expand(args.shards)
+    samples = faults = 0
+    began = time.monotonic()
+    for url in urls:
+        checked = check_shard(url, extensions=extensions, decode=decode, cache=args.cache, cache_gb=args.cache_gb)
+        for fault in checked.faults:
+            print(fault, flush=True)
+        without = f", {checked.without} samples without a wanted member" if checked.without else ""
+        state = f"{len(checked.faults)} faults" if checked.faults else "good"
+        print(f"{checked.url}: {checked.samples} samples{without}, {checked.bytes} bytes: {state}", file=sys.stderr)
+        samples, faults = samples + checked.samples, faults + len(checked.faults)
+    rate = samples / max(time.monotonic() - began, 1e-9)
+    print(f"{len(urls)} shards, {samples} samples, {faults} faults ({rate:.0f} samples/s)")
+    return int(faults > 0)
+
+
+def _positive(number: Callable[[str], float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = number(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    parse.__name__ = number.__name__  # argparse names the type in its message
+    return parse

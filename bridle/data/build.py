@@ -1,0 +1,113 @@
+"""From a plan to a folder of shards: whole shards or none, and a second run goes on where the first one stopped."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from bridle.data import index
+from bridle.data.errors import ShardError
+from bridle.data.files import FULL, no_room, written_aside
+from bridle.data.importers import Plan
+from bridle.data.writer import Planned, write_index, write_shard
+
+Progress = Callable[[int, int], None]
+"""Called after each shard with samples and bytes done so far."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What stands in the folder, and how many of the shards an earlier run had finished."""
+
+    shards: int
+    samples: int
+    bytes: int
+    kept: int
+
+
+def build(
+    plan: Plan, destination: Path, *, shard_bytes: int, samples_per_shard: int | None, progress: Progress
+) -> Built:
+    """Writes ``shard-000000.tar``, … with their indexes, and ``missing.txt`` where files were missing.
+
+    A shard that is there with just the planned keys and sizes is kept. Shards of another plan are never overwritten
+    half: each is replaced whole.
+
+    Args:
+        shard_bytes: a shard is closed before it passes this, unless one sample alone does.
+        samples_per_shard: bound on samples as well.
+
+    Raises:
+        ShardError: no room on the disk, a source that cannot be read, shards in the folder that are not of this plan,
+            or another build at work there.
+    """
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(str(destination / ".build.lock"), timeout=0)
+        with lock:
+            return _build(plan, destination, list(_cut(plan.samples, shard_bytes, samples_per_shard)), progress)
+    except Timeout:
+        raise ShardError(f"{destination}: another `bridle shards build` is writing there; wait for it to end") from None
+    except OSError as error:
+        if error.errno in FULL:
+            raise no_room(destination, error) from None
+        raise ShardError(f"{error.filename or destination}: {error.strerror}") from None
+
+
+def _build(plan: Plan, destination: Path, groups: list[list[Planned]], progress: Progress) -> Built:
+    names = [f"shard-{number:06d}.tar" for number in range(len(groups))]
+    strangers = sorted({file.name for file in destination.glob("*.tar")} - set(names))
+    if strangers:
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        fix = "choose an empty folder, or delete them"
+        raise ShardError(f"{destination}: holds shards that are not of this build ({strangers[0]}{more}); {fix}")
+    for leftover in destination.glob(".*.partial"):
+        leftover.unlink()
+    samples = size = kept = 0
+    for name, group in zip(names, groups, strict=True):
+        header = _finished(destination / name, group)
+        kept += header is not None
+        header = header or write_shard(destination / name, group)
+        samples, size = samples + header.samples, size + header.bytes
+        progress(samples, size)
+    if plan.missing:
+        with written_aside(destination / "missing.txt") as stream:
+            stream.write("".join(f"{name}\n" for name in plan.missing).encode(errors="surrogateescape"))
+    return Built(len(groups), samples, size, kept)
+
+
+def _cut(samples: list[Planned], shard_bytes: int, most: int | None) -> Iterator[list[Planned]]:
+    group: list[Planned] = []
+    size = 0
+    for sample in samples:
+        if group and (size + sample.tar_bytes > shard_bytes or len(group) == most):
+            yield group
+            group, size = [], 0
+        group.append(sample)
+        size += sample.tar_bytes
+    if group:
+        yield group
+
+
+def _finished(path: Path, group: list[Planned]) -> index.Header | None:
+    """The header of a shard that an earlier run wrote, if it holds just this group."""
+    if not path.exists():
+        return None
+    with contextlib.suppress(ShardError):
+        header, entries = index.scan(path)
+        found = [(entry.key, {name: size for name, (_, size) in entry.members.items()}) for entry in entries]
+        planned = [
+            (sample.key, {sample.extension: sample.source.stat().st_size, "json": len(sample.json)}) for sample in group
+        ]
+        if found != planned:
+            return None
+        with contextlib.suppress(ShardError, OSError):
+            stored = index.read_header(path.with_name(path.name + index.SUFFIX))
+            if (stored.bytes, stored.kinds) == (header.bytes, header.kinds) and stored.sha256:
+                return stored
+        return write_index(path)
+    return None
