@@ -7,13 +7,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from bridle.cli import report_mistakes
+
+OVERRIDE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*=")
+"""What follows ``--data A B`` and looks like this is an override, not a third pattern."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -46,10 +51,7 @@ def pretrain(args: argparse.Namespace) -> int:
     from bridle.training.ranks import join, leave
     from bridle.training.run import PretrainingRun
 
-    data = [f"data.{key}={_yaml_list(value)}" for key, value in (("shards", args.data), ("heldout", args.heldout)) if value]
-    if args.data and not args.heldout:
-        data.append("data.heldout=null")
-    recipe = load_recipe(args.recipe, [*data, *args.overrides])
+    recipe = load_recipe(args.recipe, overrides(args))
     ds_config = read_ds_config(args.deepspeed_config)
     folder = Path(args.run or f"runs/{Path(args.recipe).stem}")
     ranks = join()
@@ -67,10 +69,15 @@ def pretrain(args: argparse.Namespace) -> int:
     return 0
 
 
-def _yaml_list(values: list[str]) -> str:
-    import json
-
-    return json.dumps(values)
+def overrides(args: argparse.Namespace) -> list[str]:
+    """`dotted.key=value` overrides of the whole command line; --data without --heldout means no held-out clips."""
+    given = {"shards": args.data or [], "heldout": args.heldout or []}
+    trailing = [word for words in given.values() for word in words if OVERRIDE.match(word)]
+    given = {key: [word for word in words if not OVERRIDE.match(word)] for key, words in given.items()}
+    data = [f"data.{key}={json.dumps(words)}" for key, words in given.items() if words]
+    if given["shards"] and not given["heldout"]:
+        data.append("data.heldout=null")
+    return [*data, *trailing, *args.overrides]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bridle.config import RecipeError, TrainSettings
+from bridle.training.optimizer_state import create_state
 
 SECTIONS_OF_THE_RECIPE = {
     "optimizer": "the recipe's train.betas, train.weight_decay and phases",
@@ -104,6 +105,7 @@ def build_engine(module: nn.Module, ds_config: Mapping[str, Any], train: TrainSe
         betas=train.betas,
     )
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))
+    create_state(engine)
     return engine
 
 

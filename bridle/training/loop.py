@@ -228,7 +228,7 @@ def evaluate(
     engine: Any, job: PhaseJob, heldout: Stream, train: TrainSettings, data: DataSettings, ranks: Ranks
 ) -> tuple[list[float], list[float]]:
     """Means of the phase's metrics and codebook usage over held-out clips, the same number on every rank."""
-    share = max(1, min(len(heldout), train.evaluate_clips) // ranks.world)
+    share = max(1, min(len(heldout.shards), train.evaluate_clips) // ranks.world)
     micro = max(size for size in range(1, split_batch(train, ranks.world)[0] + 1) if share % size == 0)
     sums = _Sums(len(job.metric_names), ranks.device)
     job.usage.zero_()

@@ -42,19 +42,35 @@ def gather_state(engine: Any, keep: bool) -> tuple[dict[str, Tensor], dict[str, 
     return weights, moments
 
 
-def restore_state(engine: Any, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: int) -> None:
-    """Puts gathered state back into a freshly built engine, of any ZeRO stage and any number of ranks."""
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+def create_state(engine: Any) -> None:
+    """Creates Adam's moments before the first step.
+
+    torch would create them in the first step; but ZeRO 1 and 2 step group after group and link the moments of all
+    groups to the parameters after the first, when those of the second are not there yet.
+    """
+    inner = _inner(engine)
     for group in inner.param_groups:
         for flat in group["params"]:
-            inner.state[flat] = {"step": torch.tensor(float(steps)), **{key: torch.zeros_like(flat) for key in MOMENTS}}
+            inner.state[flat] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(flat) for key in MOMENTS}}
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
         link()
+
+
+def restore_state(engine: Any, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: int) -> None:
+    """Puts gathered state back into a freshly built engine, of any ZeRO stage and any number of ranks."""
+    for state in _inner(engine).state.values():
+        state["step"].fill_(float(steps))
     for name, parameter in _trained(engine.module):
         _put(engine, parameter, weights[name], None)
         for key in MOMENTS:
             _put(engine, parameter, moments[f"{name}|{key}"], key)
+
+
+def _inner(engine: Any) -> torch.optim.Optimizer:
+    """torch's optimizer, which ZeRO's wraps."""
+    optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return optimizer
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
