@@ -1,0 +1,66 @@
+"""`bridle export RUN MODEL_DIR`: a run's encoder and tokenizer as a model folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "write the model folder of a run's finished iteration"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/audio-mini")
+    parser.add_argument(
+        "target", metavar="MODEL_DIR", type=Path, help="folder to write; an older model there is replaced"
+    )
+    parser.add_argument(
+        "--iteration", type=int, metavar="N", help="which iteration, from 1 (default: the newest finished)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the folder and says what is in it.
+
+    Raises:
+        RecipeError: no run there, or an iteration that the recipe does not have.
+        ValueError: nothing to export yet, or something that is no model stands in the way.
+    """
+    from bridle.training.run import export_model, finished_encoder_phases, read_run_recipe
+
+    phases = [index for index, phase in enumerate(read_run_recipe(args.run).phases) if phase.kind == "encoder"]
+    chosen = _choose(args.run, args.iteration, phases, finished_encoder_phases(args.run))
+    _refuse_to_overwrite(args.target)
+    export_model(args.run, chosen, args.target)
+    print(f"iteration {phases.index(chosen) + 1} of {args.run} written to {args.target}")
+    return 0
+
+
+def _choose(run: Path, iteration: int | None, phases: list[int], finished: list[int]) -> int:
+    """Index of the encoder phase to export."""
+    from bridle.config import RecipeError
+
+    if iteration is not None and not 1 <= iteration <= len(phases):
+        raise RecipeError(f"--iteration {iteration}: {run} has iterations 1 to {len(phases)}")
+    if not finished:
+        raise ValueError(f"{run}: no iteration is finished yet; let the run reach the end of its first encoder phase")
+    if iteration is None:
+        return finished[-1]
+    if phases[iteration - 1] not in finished:
+        done = ", ".join(str(phases.index(index) + 1) for index in finished)
+        raise ValueError(f"{run}: iteration {iteration} is not finished yet; finished: {done}")
+    return phases[iteration - 1]
+
+
+def _refuse_to_overwrite(target: Path) -> None:
+    from bridle.model_folder import ModelError, read_config
+
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists():
+        try:
+            read_config(target)
+        except (ModelError, OSError):
+            raise ValueError(
+                f"{target}: exists and is no model folder; nothing was written, choose another path"
+            ) from None

@@ -1,0 +1,104 @@
+"""`bridle tokenize MODEL_DIR INPUT ...`: files to codes, on the screen or one file each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridle.commands.options import add_model_arguments, load_model
+from bridle.config import RecipeError
+from bridle.files import whole_file
+from bridle.modalities.clip import ClipError
+from bridle.model_folder import BridleModel, CodeStream
+
+HELP = "turn files into codes: JSON lines on the screen, or one file per input under --out"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    add_model_arguments(parser)
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="file of the model's modality")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="write DIR/NAME.jsonl or DIR/NAME.npz for each input")
+    parser.add_argument("--format", choices=("jsonl", "npz"), default="jsonl", help="of the files under --out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tokenizes every input. Returns 1 if one of them could not be read, after the others are done.
+
+    Raises:
+        RecipeError: arguments that do not go together.
+        ModelError: no model in MODEL_DIR.
+        OSError: an answer cannot be written.
+    """
+    from tqdm import tqdm
+
+    _check(args)
+    model = load_model(args)
+    failed = 0
+    quiet = len(args.inputs) == 1 or (args.out is None and sys.stdout.isatty())
+    for path in tqdm(
+        args.inputs, unit="file", file=sys.stderr, disable=quiet, mininterval=0.5 if sys.stderr.isatty() else 10
+    ):
+        try:
+            stream = model.tokenize(path)
+        except (ClipError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+            tqdm.write(f"bridle tokenize: {path}: {reason.removeprefix(f'{path}: ')}", file=sys.stderr)
+            failed += 1
+            continue
+        answer = describe(path, stream, model)
+        if args.out is None:
+            print(json.dumps(answer), flush=True)
+        else:
+            write(args.out / f"{path.name}.{args.format}", answer)
+    if failed and len(args.inputs) > 1:
+        print(f"bridle tokenize: {failed} of {len(args.inputs)} files could not be tokenized", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def describe(path: Path, stream: CodeStream, model: BridleModel) -> dict[str, Any]:
+    """The fields of the service's answer, and `file`. `codes`: M lists of N integers, N row-major over `grid`."""
+    answer: dict[str, Any] = {
+        "file": str(path),
+        "model": model.config.name,
+        "modality": stream.modality,
+        "grid": stream.grid,
+        "codebooks": stream.codes.shape[1],
+        "codebook_size": stream.codebook_size,
+    }
+    if stream.duration_s is not None:
+        answer["duration_s"] = stream.duration_s
+    return answer | {"codes": stream.codes.T.tolist()}
+
+
+def write(target: Path, answer: dict[str, Any]) -> None:
+    """One file, whole or not at all: a JSON line, or `codes` int32 ``[M, N]`` and the other fields as JSON in `info`.
+
+    Raises:
+        OSError: a full disk and the like.
+    """
+    with whole_file(target) as aside:
+        if target.suffix == ".jsonl":
+            aside.write_text(json.dumps(answer) + "\n", encoding="utf-8")
+            return
+        info = {key: value for key, value in answer.items() if key != "codes"}
+        with aside.open("wb") as file:
+            np.savez_compressed(file, codes=np.array(answer["codes"], dtype=np.int32), info=np.array(json.dumps(info)))
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.out is None and args.format != "jsonl":
+        raise RecipeError(f"--format {args.format} is for files; give --out DIR too")
+    if args.out is not None:
+        double = [name for name, count in Counter(path.name for path in args.inputs).items() if count > 1]
+        if double:
+            raise RecipeError(
+                f"--out: {len(double)} file names occur twice among the inputs, such as {double[0]};"
+                " tokenize them into separate folders"
+            )

@@ -1,0 +1,85 @@
+"""A small model folder, and a run folder that the real training program made: once per session."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from bridle.config import load_recipe
+from bridle.modalities import build_modality
+from bridle.model_folder import patch_shape, save_model
+from bridle.modeling.bridle import Components
+
+ROOT = Path(__file__).parents[2]
+TINY = (
+    "clip.seconds=1.0", "model.encoder.depth=1", "model.decoder.depth=2", "model.quantizer.codebook_size=16",
+    "train.batch_size=4", "train.log_every=1", "train.evaluate_clips=8", "train.prometheus_port=0", "data.workers=0",
+    "phases.1.steps=3", "phases.2.steps=3", "phases.3.steps=2",
+    "phases.1.warmup_steps=1", "phases.2.warmup_steps=1", "phases.3.warmup_steps=1",
+)  # fmt: skip
+
+
+def write_random_model(folder: Path, recipe_name: str = "audio-mini", *overrides: str) -> Path:
+    """An untrained model of a recipe, its codebooks initialised on random latents."""
+    recipe = load_recipe(recipe_name, overrides)
+    modality = build_modality(recipe.modality, recipe.clip)
+    components = Components(recipe.model, patch_shape(modality))
+    tokenizer = components.tokenizer(1)
+    generator = torch.Generator().manual_seed(0)
+    tokenizer.quantizer.initialize(torch.randn(2048, recipe.model.quantizer.dim, generator=generator), generator)
+    save_model(
+        folder, name="tiny", modality=recipe.modality, clip=modality.settings.model_dump(mode="json"),
+        encoder_settings=recipe.model.encoder, quantizer_settings=recipe.model.quantizer,
+        encoder=components.encoder(0).state_dict(), tokenizer=tokenizer.state_dict(), learned=True, trained={},
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained audio model of clips of a second: 4 codebooks of 64 codes."""
+    return write_random_model(tmp_path_factory.mktemp("models") / "tiny", "audio-mini", "clip.seconds=1.0")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished audio run of a few steps per phase. Not to be changed: copy it."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    command = [
+        sys.executable,
+        "bridle/pretrain.py",
+        "--deepspeed_config",
+        "ds_configs/zero2.json",
+        "--run",
+        str(folder),
+    ]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *TINY], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def tone(seconds: float, format: str = "WAV") -> bytes:
+    """A chord in noise at 16 kHz."""
+    time = np.arange(round(seconds * 16_000)) / 16_000
+    noise = np.random.default_rng(0).normal(0, 0.05, len(time))
+    samples = 0.2 * np.sin(2 * np.pi * 440 * time) + 0.1 * np.sin(2 * np.pi * 1320 * time * (1 + time / 9)) + noise
+    file = io.BytesIO()
+    soundfile.write(file, samples.astype(np.float32), 16_000, format=format, subtype="PCM_16")
+    return file.getvalue()
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    """2.5 s as a wav file: three windows of a second's model."""
+    path = tmp_path / "sound.wav"
+    path.write_bytes(tone(2.5))
+    return path

@@ -1,0 +1,65 @@
+"""`bridle export`, on a run that the real training program made."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import bridle
+from bridle.cli import main
+
+
+def test_export_writes_the_newest_finished_iteration(
+    tiny_run: Path, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "model"
+    assert main(["export", str(tiny_run), str(target)]) == 0
+    assert "iteration 2" in capsys.readouterr().out
+    exported = bridle.load(target)
+    assert exported.info["trained"]["iteration"] == 2
+    during_training = bridle.load(tiny_run / "models" / "final")
+    assert torch.equal(exported.tokenize(sound).codes, during_training.tokenize(sound).codes)
+
+
+def test_export_of_a_named_iteration_replaces_an_older_model(tiny_run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    assert main(["export", str(tiny_run), str(target)]) == 0
+    assert main(["export", str(tiny_run), str(target), "--iteration", "1"]) == 0
+    exported = bridle.load(target)
+    assert exported.info["trained"]["iteration"] == 1
+    assert exported.info["tokenizer"] == "cold_start"
+
+
+def test_export_refuses_to_overwrite_what_is_no_model(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "config.json").write_text("{}")
+    (thesis / "chapter.txt").write_text("years of work")
+    for target in (thesis, thesis / "chapter.txt"):
+        assert main(["export", str(tiny_run), str(target)]) == 1
+        assert "no model folder" in capsys.readouterr().err
+    assert (thesis / "chapter.txt").read_text() == "years of work"
+
+
+def test_export_of_what_is_not_there_says_what_is(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = str(tmp_path / "model")
+    assert main(["export", str(tiny_run), target, "--iteration", "3"]) == 2
+    assert "iterations 1 to 2" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), target]) == 2
+    assert "recipe.yaml" in capsys.readouterr().err
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    shutil.rmtree(run / "checkpoints" / "phase-3-encoder")
+    assert main(["export", str(run), target, "--iteration", "2"]) == 1
+    assert "finished: 1" in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints" / "phase-1-encoder")
+    assert main(["export", str(run), target]) == 1
+    assert "no iteration is finished" in capsys.readouterr().err
+    assert not Path(target).exists()
