@@ -12,6 +12,7 @@ from bridle.modalities.clip import Limits, Modality
 REGISTRY = {
     "audio": "bridle.modalities.audio:Audio",
     "image": "bridle.modalities.image:Image",
+    "video": "bridle.modalities.video:Video",
 }
 """A modality's name, and where it stands. Imported on use, so that a decoder is only needed by those who use it."""
 

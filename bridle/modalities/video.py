@@ -1,0 +1,144 @@
+"""Video: mp4, mov, webm, mkv and avi become normalised clips of frames. PyAV decodes, in a child process by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from bridle.config import Settings
+from bridle.modalities.clip import Clip, Limits
+from bridle.modalities.image import check_size, denormalise, normalise
+from bridle.modalities.isolation import isolated
+from bridle.modalities.video_crop import PLACES, SCALE_PAIRS, Draws
+from bridle.modalities.video_decode import Request, answers, container_of, sniff
+
+Count = Annotated[int, Field(gt=0)]
+
+_TARGET = "bridle.modalities.video_decode:answers"
+
+
+class VideoSettings(Settings):
+    """The `clip` section of a video recipe."""
+
+    frames: Count = 16
+    """Frames of a clip; a multiple of the patch's first side."""
+    stride: Count = 4
+    """Every stride-th frame of the video is taken."""
+    size: tuple[Count, Count] = (224, 224)
+    """Height and width of a clip; multiples of the patch."""
+    patch: tuple[Count, Count, Count] = (2, 16, 16)
+    """Frames, height and width of a patch."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from red, green and blue in 0..1; ImageNet's."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Divides red, green and blue after that; ImageNet's."""
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Pretraining: probability of a horizontal flip of the whole clip."""
+    decoder: Literal["pyav", "decord"] = "pyav"
+    """decord only for shards you trust; it refuses what it is known to decode wrongly."""
+    isolate: bool = True
+    """Decode in a child process, which may crash, hang or be killed without harm."""
+    decode_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Wall-clock time that the child may take for one clip."""
+    decode_memory_mb: Count = 4096
+    """Memory (2^20 bytes) that the child may take above what it starts with."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> VideoSettings:
+        check_size((self.frames, *self.size), self.patch)
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std}: expected three figures above 0")
+        return self
+
+
+class Video:
+    """Implements `Modality` for video."""
+
+    name: ClassVar[str] = "video"
+    axes: ClassVar[tuple[str, ...]] = ("time", "height", "width")
+    extensions: ClassVar[tuple[str, ...]] = ("mp4", "webm", "mkv", "avi", "mov", "m4v")
+    settings_class: ClassVar[type[Settings]] = VideoSettings
+    channels: ClassVar[int] = 3
+
+    def __init__(self, settings: VideoSettings, limits: Limits | None = None) -> None:
+        self.settings = settings
+        self.limits = limits or Limits()
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """Frames, height and width of a patch."""
+        return self.settings.patch
+
+    @property
+    def grid(self) -> dict[str, int]:
+        """Patches along time, down and across."""
+        size = (self.settings.frames, *self.settings.size)
+        return {axis: side // step for axis, side, step in zip(self.axes, size, self.settings.patch, strict=True)}
+
+    @property
+    def positions_per_second(self) -> float | None:
+        """None: windows count frames, so the rate is the file's. A stream's own is its positions over its duration."""
+        return None
+
+    @classmethod
+    def recognises(cls, head: bytes) -> bool:
+        """mp4 and mov, webm and mkv, avi by their first bytes. Such a file may still hold sound only, which `windows`
+        and `training_clip` find out and refuse with `WrongKindError`."""
+        return sniff(head) is not None
+
+    def training_clip(self, data: bytes, rng: np.random.Generator) -> Clip:
+        """Frames from a random start, all cut by one multi-scale crop and all flipped or none; a shorter video's last
+        frame is repeated.
+
+        Raises:
+            UndecodableError, WrongKindError, TooLargeError
+        """
+        draws = Draws(
+            start=float(rng.random()),
+            scales=int(rng.integers(len(SCALE_PAIRS))),
+            place=int(rng.integers(len(PLACES))),
+            flip=bool(rng.random() < self.settings.flip),
+        )
+        (clip,) = self._clips(data, draws)
+        return clip
+
+    def windows(self, data: bytes) -> Iterator[Clip]:
+        """Runs of ``frames * stride`` source frames, one after another to the end, centre-cropped.
+
+        `valid` counts the tubelets that begin within the video; the last frame is repeated after it.
+
+        Raises:
+            UndecodableError, WrongKindError, TooLargeError
+        """
+        return self._clips(data, None)
+
+    def picture(self, clip: Clip) -> np.ndarray:
+        """uint8 [T, H, W, 3]."""
+        return denormalise(clip.values, self.settings.mean, self.settings.std)
+
+    def _clips(self, data: bytes, draws: Draws | None) -> Iterator[Clip]:
+        for header, pixels in self._answers(data, draws):
+            frames = torch.from_numpy(np.ascontiguousarray(pixels)).permute(3, 0, 1, 2)  # uint8 [3, T, H, W]
+            values = normalise(frames, self.settings.mean, self.settings.std)
+            yield Clip(values=values, grid=self.grid, **header)
+
+    def _answers(self, data: bytes, draws: Draws | None) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        settings = self.settings
+        request = Request(
+            frames=settings.frames,
+            stride=settings.stride,
+            size=settings.size,
+            tubelet=settings.patch[0],
+            decoder=settings.decoder,
+            limits=self.limits,
+            draws=draws,
+        ).model_dump(mode="json")
+        if not settings.isolate:
+            return answers(data, request)
+        container_of(data, self.limits)  # what cannot be a video is not worth a trip to the child
+        memory_bytes = settings.decode_memory_mb << 20
+        return isolated(_TARGET, data, request, seconds=settings.decode_seconds, memory_bytes=memory_bytes)
