@@ -105,8 +105,10 @@ def test_magnitude_scales_the_sound_between_half_and_one_and_a_half() -> None:
     assert abs(np.mean(factors) - 1) < 0.06
 
 
-def test_without_augmentation_a_short_training_clip_is_the_window() -> None:
-    data = encode(tone(1.5, 44_100), 44_100, "wav")
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+@pytest.mark.parametrize("kind", ["wav", "opus"])
+def test_without_augmentation_a_short_training_clip_is_the_window(kind: str, rate: int) -> None:
+    data = encode(tone(1.5, rate), rate, kind)
     clip = audio(roll=False, magnitude=False).training_clip(data, np.random.default_rng(0))
     assert torch.equal(clip.values, next(audio().windows(data)).values)
 
