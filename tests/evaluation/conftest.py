@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
+from evaluation_inputs import tone
 
 from bridle.config import load_recipe
 from bridle.modalities import build_modality
@@ -65,16 +63,6 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run([*command, *TINY], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
-
-
-def tone(seconds: float, format: str = "WAV") -> bytes:
-    """A chord in noise at 16 kHz."""
-    time = np.arange(round(seconds * 16_000)) / 16_000
-    noise = np.random.default_rng(0).normal(0, 0.05, len(time))
-    samples = 0.2 * np.sin(2 * np.pi * 440 * time) + 0.1 * np.sin(2 * np.pi * 1320 * time * (1 + time / 9)) + noise
-    file = io.BytesIO()
-    soundfile.write(file, samples.astype(np.float32), 16_000, format=format, subtype="PCM_16")
-    return file.getvalue()
 
 
 @pytest.fixture
