@@ -18,7 +18,8 @@ from quantizer_reference import (
 from torch.nn import functional
 
 from bridle.config import QuantizerSettings
-from bridle.modeling.lookup import full_float32
+from bridle.modeling import lookup
+from bridle.modeling.lookup import Codebook, full_float32, nearest
 from bridle.modeling.quantizer import ResidualQuantizer
 
 seeds = st.integers(0, 10_000)
@@ -103,8 +104,22 @@ def test_of_equal_codes_the_lowest_index_wins(seed, size, dim, count):
     assert torch.equal(quantizer.soft_codes(z, 1)[:, 0, 0], codes)
 
 
+def test_of_equal_codes_the_lowest_index_wins_even_if_the_product_is_rounded_in_favour_of_another():
+    rows = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))[torch.tensor([0, 1, 0, 1, 1])]
+    codebook = Codebook.of(rows)
+    rounded = codebook._replace(squares=codebook.squares - 1e-5 * torch.arange(5))
+    assert nearest(rows, rounded).tolist() == [0, 1, 0, 1, 1]
+
+
+def test_a_collision_of_hashes_joins_no_codes_that_differ(monkeypatch):
+    monkeypatch.setattr(lookup, "_hash_multipliers", lambda dim: torch.zeros(dim, dtype=torch.int64))
+    rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    assert Codebook.of(rows).first.tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_negative_zero_is_equal_to_zero_and_equal_norms_tie_at_the_origin():
     books = torch.tensor([[[0.0, -1.0], [-0.0, -1.0], [1.0, 0.0], [0.0, 1.0]]])
+    assert Codebook.of(books[0]).first.tolist() == [0, 0, 2, 3]
     quantizer = with_codebooks(books)
     assert quantizer.encode(torch.tensor([[0.0, -3.0]])).codes.item() == 0
     assert quantizer.encode(torch.zeros(1, 2)).codes.item() == 0
@@ -132,14 +147,15 @@ def test_error_of_norm_input_does_not_depend_on_the_latents_length():
     torch.testing.assert_close(near.errors, far.errors)
 
 
-def test_soft_codes_are_the_nearest_not_the_farthest():
-    quantizer = random_quantizer(5, 3, 24, 8)
+@pytest.mark.parametrize("norm", ["input", "every"])
+def test_soft_codes_are_the_nearest_not_the_farthest(norm):
+    quantizer = random_quantizer(5, 3, 24, 8, norm=norm)
     z = random_latents(5, 2, 20, 8)
     soft = quantizer.soft_codes(z, 4)
     codes = quantizer.encode(z).codes
     assert soft.shape == (2, 20, 3, 4) and torch.equal(soft[..., 0], codes)
     flat = codes.reshape(-1, 3).numpy()
-    seen = list(residuals(z.reshape(-1, 8).numpy(), quantizer.codebooks.numpy(), flat, "input"))
+    seen = list(residuals(z.reshape(-1, 8).numpy(), quantizer.codebooks.numpy(), flat, norm))
     for stage in range(3):
         distances = squared_distances(seen[stage], quantizer.codebooks[stage].numpy())
         picked = np.take_along_axis(distances, soft.reshape(-1, 3, 4)[:, stage].numpy(), 1)
