@@ -216,7 +216,7 @@ def _s3_errors(name: str) -> Iterator[None]:
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
         fix = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
         raise ShardError(f"{name}: no S3 credentials found; {fix}") from None
-    except exceptions.HTTPClientError as error:
+    except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
         raise _TransientError(_plain(error)) from None
     except exceptions.IncompleteReadError as error:
         raise _TransientError(f"the connection ended early: {error}") from None

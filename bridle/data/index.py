@@ -32,6 +32,7 @@ SUFFIX = ".index"
 KEY_RULE = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
 ZERO_BLOCKS = bytes(2 * tarfile.BLOCKSIZE)
 COPIED_AT_ONCE = 1 << 20
+DECODE = json.JSONDecoder().decode
 AGAIN = "copy or build the shard again"
 
 
@@ -192,7 +193,7 @@ def parse_header(line: bytes, where: str) -> Header:
 
 def parse_entry(line: bytes) -> Entry:
     """One further line of an index. Raises ValueError, KeyError or TypeError for a damaged one."""
-    fields = json.loads(line.decode(errors="surrogateescape"))
+    fields = DECODE(line.decode(errors="surrogateescape"))
     return Entry(fields["key"], {extension: (int(at[0]), int(at[1])) for extension, at in fields["members"].items()})
 
 

@@ -7,14 +7,14 @@ answer.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 BLOCKS_OF_EPOCH, SAMPLES_OF_WINDOW = 1, 2
-WINDOWS_KEPT = 8
+WINDOWS_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class SampleOrder:
         blocks_of_shard = -(-np.asarray(counts, dtype=np.int64) // block)
         self._first_blocks = np.concatenate([[0], np.cumsum(blocks_of_shard)])
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._recent: deque[tuple[int, int, list[int]]] = deque(maxlen=WINDOWS_KEPT)
+        """Windows looked into: epoch, first position, sample numbers."""
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -58,10 +59,15 @@ class SampleOrder:
 
     def locate(self, position: int) -> tuple[int, int]:
         """Epoch of a position, and the number of the sample that stands there."""
+        for epoch, first, samples in self._recent:
+            if 0 <= position - first < len(samples):
+                return epoch, samples[position - first]
         epoch, within = divmod(position, len(self))
         starts = self._epoch(epoch).starts
         window = int(np.searchsorted(starts, within, side="right")) - 1
-        return epoch, int(self._samples(epoch, window)[within - int(starts[window])])
+        samples = self._mixed(epoch, window).tolist()
+        self._recent.appendleft((epoch, position - within + int(starts[window]), samples))
+        return self.locate(position)
 
     def upcoming_shards(self, position: int) -> list[int]:
         """Shards that the window of a position and the window behind it read, in their order, each once."""
@@ -92,17 +98,13 @@ class SampleOrder:
         per_window = np.add.reduceat(sizes[blocks], np.arange(0, count, self.window))
         return _Epoch(blocks, np.concatenate([[0], np.cumsum(per_window)]))
 
-    def _samples(self, epoch: int, window: int) -> np.ndarray:
+    def _mixed(self, epoch: int, window: int) -> np.ndarray:
         """Sample numbers of a window in their mixed order, int64."""
-        if (epoch, window) not in self._windows:
-            blocks = self._epoch(epoch).blocks[window * self.window : (window + 1) * self.window].astype(np.int64)
-            shards = np.searchsorted(self._first_blocks, blocks, side="right") - 1
-            firsts = self._firsts[shards] + (blocks - self._first_blocks[shards]) * self.block
-            ends = np.minimum(firsts + self.block, self._firsts[shards + 1])
-            samples = np.concatenate([np.arange(first, end) for first, end in zip(firsts, ends, strict=True)])
-            if self.shuffle:
-                np.random.default_rng((self.seed, epoch, SAMPLES_OF_WINDOW, window)).shuffle(samples)
-            self._windows[epoch, window] = samples
-            while len(self._windows) > WINDOWS_KEPT:
-                self._windows.popitem(last=False)
-        return self._windows[epoch, window]
+        blocks = self._epoch(epoch).blocks[window * self.window : (window + 1) * self.window].astype(np.int64)
+        shards = np.searchsorted(self._first_blocks, blocks, side="right") - 1
+        firsts = self._firsts[shards] + (blocks - self._first_blocks[shards]) * self.block
+        ends = np.minimum(firsts + self.block, self._firsts[shards + 1])
+        samples = np.concatenate([np.arange(first, end) for first, end in zip(firsts, ends, strict=True)])
+        if self.shuffle:
+            np.random.default_rng((self.seed, epoch, SAMPLES_OF_WINDOW, window)).shuffle(samples)
+        return samples

@@ -123,10 +123,10 @@ def local_index(path: Path, cache: ShardCache) -> tuple[Path, index.Header]:
     try:
         size = path.stat().st_size
         for candidate in (beside, cache.index_path(str(path))):
-            if not candidate.exists():
-                continue
             try:
                 header = index.read_header(candidate)
+            except OSError:
+                continue
             except ShardError as error:
                 log.warning("%s; building it again", error)
                 continue
