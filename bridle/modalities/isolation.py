@@ -42,6 +42,8 @@ MAX_ANSWER_BYTES = 1 << 31
 _CLONE_NEWUSER, _CLONE_NEWNET, _PR_SET_NO_NEW_PRIVS = 0x10000000, 0x40000000, 38
 _KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "SYSTEMROOT")
 
+_CLIP_ANSWERS = "bridle.modalities.isolation:clip_answers"
+
 Answer = tuple[dict[str, Any], np.ndarray]
 
 
@@ -56,9 +58,10 @@ class Child:
         target: ``module:function`` of ``(data, request) -> Iterator[Answer]``.
         seconds: wall-clock time for each answer.
         memory_bytes: address space the child may take above what it has after its imports.
+        imports: modules that the target needs beside its own, imported before the child gives up its rights.
     """
 
-    def __init__(self, target: str, *, seconds: float, memory_bytes: int) -> None:
+    def __init__(self, target: str, *, seconds: float, memory_bytes: int, imports: tuple[str, ...] = ()) -> None:
         self.seconds, self.memory_bytes, self._owner = seconds, memory_bytes, os.getpid()
         code = "from bridle.modalities.isolation import serve; serve()"
         folders = [str(Path(entry or ".").resolve()) for entry in sys.path]
@@ -74,7 +77,8 @@ class Child:
         )
         self._deadline = time.monotonic() + START_SECONDS
         try:
-            self._send({"target": target, "seconds": seconds, "memory_bytes": memory_bytes}, b"")
+            hello = {"target": target, "seconds": seconds, "memory_bytes": memory_bytes, "imports": imports}
+            self._send(hello, b"")
             self.has_network = bool(self._receive()[0]["network"])
         except (ClipError, OSError) as error:
             self.close()
@@ -181,26 +185,32 @@ class Child:
         return UndecodableError(f"the decoder crashed ({name}); the file is corrupt")
 
 
-_idle: dict[tuple[str, float, int], list[Child]] = {}
+_idle: dict[tuple[str, float, int, tuple[str, ...]], list[Child]] = {}
 _lock = threading.Lock()
 
 
 def isolated(
-    target: str, data: bytes, request: Mapping[str, Any], *, seconds: float, memory_bytes: int
+    target: str,
+    data: bytes,
+    request: Mapping[str, Any],
+    *,
+    seconds: float,
+    memory_bytes: int,
+    imports: tuple[str, ...] = (),
 ) -> Iterator[Answer]:
     """`Child.answers` by an idle child of this process, or by a new one.
 
     Every thread has a child to itself while it asks. A child that failed in any way but by a clean `ClipError` of its
     target, and one whose answers were not read to the end, is killed.
     """
-    key = (target, seconds, memory_bytes)
+    key = (target, seconds, memory_bytes, imports)
     with _lock:
         idle = _idle.setdefault(key, [])
         child = idle.pop() if idle else None
     if child is not None and child._process.poll() is not None:
         child.close()
         child = None
-    child = child or Child(target, seconds=seconds, memory_bytes=memory_bytes)
+    child = child or Child(target, seconds=seconds, memory_bytes=memory_bytes, imports=imports)
     reusable = False
     try:
         yield from child.answers(data, request)
@@ -251,8 +261,9 @@ def isolated_windows(modality: Modality, data: bytes, *, seconds: float, memory_
         "settings": modality.settings.model_dump(mode="json"),
         "limits": modality.limits.model_dump(mode="json"),
     }
-    target = "bridle.modalities.isolation:clip_answers"
-    for header, values in isolated(target, data, request, seconds=seconds, memory_bytes=memory_bytes):
+    bounds: dict[str, Any] = {"seconds": seconds, "memory_bytes": memory_bytes}
+    needed = (type(modality).__module__,)
+    for header, values in isolated(_CLIP_ANSWERS, data, request, imports=needed, **bounds):
         yield Clip(values=torch.from_numpy(values), **header)
 
 
@@ -277,6 +288,8 @@ def serve() -> None:
     hello = _read_header(source)
     module, _, name = hello["target"].partition(":")
     target = getattr(importlib.import_module(module), name)
+    for needed in hello["imports"]:
+        importlib.import_module(needed)
     _confine(hello["memory_bytes"])
     _write(sink, {"network": network})
     while True:

@@ -1,7 +1,9 @@
-"""Where a video clip is cut out of its frames, and how it is scaled."""
+"""A frame of a video, where a clip is cut out of it, and how that is scaled."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any
 
@@ -30,6 +32,20 @@ class Draws(Settings):
     scales: Annotated[int, Field(ge=0, lt=len(SCALE_PAIRS))]
     place: Annotated[int, Field(ge=0, lt=len(PLACES))]
     flip: bool
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One shown frame: its number, when it starts and ends (seconds from the first), and its pixels if asked for."""
+
+    index: int
+    start_s: float
+    end_s: float
+    pixels: np.ndarray | None
+
+
+Prepare = Callable[[Any], np.ndarray]
+"""From an `av.VideoFrame` to the pixels kept of it, at once, so that no more than one frame is held at full size."""
 
 
 class Cropper:

@@ -7,9 +7,8 @@ how long it lasts. So a film of changing frame rate is cut by frames, not by sec
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import av
@@ -17,7 +16,7 @@ import numpy as np
 
 from bridle.config import Settings
 from bridle.modalities.clip import ClipError, Limits, TooLargeError, UndecodableError, WrongKindError
-from bridle.modalities.video_crop import Cropper, Draws
+from bridle.modalities.video_crop import Cropper, Draws, Frame, Prepare
 
 CODECS = ("h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v3", "mjpeg")
 """Decoders that may run."""
@@ -33,20 +32,6 @@ class Request(Settings):
     decoder: Literal["pyav", "decord"]
     limits: Limits
     draws: Draws | None = None
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One shown frame: its number, when it starts and ends (seconds from the first), and its pixels if asked for."""
-
-    index: int
-    start_s: float
-    end_s: float
-    pixels: np.ndarray | None
-
-
-Prepare = Callable[[Any], np.ndarray]
-"""From an `av.VideoFrame` to the pixels kept of it, at once, so that no more than one frame is held at full size."""
 
 
 class Source(Protocol):
