@@ -1,0 +1,36 @@
+"""`bridle report RUN`: a run, finished or still going, as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+HELP = "write a run's curves, codebook usage and a few clips with their codes as one HTML page"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/audio-mini")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="where to write it (default: RUN/report.html)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the page, whole or not at all, and says what could not be shown.
+
+    Raises:
+        RecipeError: no run there.
+        OSError: the page cannot be written.
+    """
+    from bridle.evaluation.report import build_report, page
+    from bridle.evaluation.run_folder import read_run
+    from bridle.files import whole_file
+
+    target = args.out or args.run / "report.html"
+    report = build_report(read_run(args.run))
+    with whole_file(target) as aside:
+        aside.write_text(page(report), encoding="utf-8")
+    for note in report.notes:
+        print(f"bridle report: {note}", file=sys.stderr)
+    print(target)
+    return 0

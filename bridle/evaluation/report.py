@@ -1,0 +1,200 @@
+"""A run as one HTML page that needs nothing else: no script, no link, no file beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass, field
+from html import escape
+
+import numpy as np
+from PIL import Image
+
+from bridle import __version__
+from bridle.evaluation.clips import ShownClip, Tile, heldout_clips
+from bridle.evaluation.run_folder import PhaseRows, RunFolder
+from bridle.evaluation.topics import Chart, charts
+from bridle.modalities import build_modality
+from bridle.model_folder import BridleModel, load
+
+CSS = """
+:root { color-scheme: light dark; --text: #1c1e21; --quiet: #60666e; --line: #dfe2e6; --back: #ffffff; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e4e6e9; --quiet: #9aa1aa; --line: #34383e; --back: #16181b; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 54rem; background: var(--back); color: var(--text);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; }
+h2 { font-size: 1.15rem; margin: 2.75rem 0 0.25rem; }
+h3 { font-size: 1rem; font-weight: 600; margin: 1.5rem 0 0.5rem; }
+p { margin: 0.25rem 0 0.75rem; }
+.quiet, figcaption { color: var(--quiet); font-size: 0.875rem; }
+.note { border-left: 3px solid #e07b28; padding-left: 0.75rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { text-align: right; padding: 0.3rem 0 0.3rem 0.75rem; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; vertical-align: bottom; } td { white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.15rem 1.25rem; font-size: 0.9rem; margin: 1rem 0; }
+dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
+svg { display: block; width: 100%; min-width: 38rem; height: auto; }
+figure { margin: 0; } img { display: block; width: 100%; height: auto; image-rendering: pixelated; border-radius: 3px; }
+.tiles { display: grid; gap: 0.9rem; }
+pre { font-size: 0.8rem; overflow-x: auto; } summary { cursor: pointer; }
+""".strip()
+
+
+@dataclass
+class Report:
+    """What goes into the page. notes: what could not be shown, and why, one sentence each."""
+
+    run: RunFolder
+    charts: list[Chart]
+    clips: list[ShownClip]
+    model: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def build_report(run: RunFolder) -> Report:
+    """Draws everything. Clips or codes that cannot be had become a note; the charts stand without them."""
+    report = Report(run, charts(run), [])
+    if run.damaged_rows:
+        report.notes.append(f"{run.damaged_rows} damaged lines of metrics.jsonl are left out.")
+    if not run.phases:
+        report.notes.append("No row of metrics has been written yet.")
+    recipe = run.recipe
+    model = _newest_model(run, report)
+    if not recipe.data.heldout:
+        report.notes.append("The recipe names no held-out clips (data.heldout), so none are shown.")
+        return report
+    try:
+        modality = build_modality(recipe.modality, recipe.clip)
+        report.clips = heldout_clips(recipe.data.heldout, modality, recipe.mask, model, recipe.data.cache)
+    except (ValueError, OSError) as error:
+        report.notes.append(f"The held-out clips cannot be shown: {error}")
+    return report
+
+
+def _newest_model(run: RunFolder, report: Report) -> BridleModel | None:
+    if run.newest_model is None:
+        report.notes.append("No iteration is finished yet, so there are no code maps.")
+        return None
+    try:
+        model = load(run.newest_model)
+    except (ValueError, OSError) as error:
+        report.notes.append(f"The newest model cannot be loaded, so there are no code maps: {error}")
+        return None
+    report.model = run.newest_model.name
+    return model
+
+
+def page(report: Report) -> str:
+    """The page as HTML."""
+    run = report.run
+    title = escape(run.path.resolve().name)
+    parts = [
+        f"<h1>{title}</h1>", f'<p class="quiet">{escape(_state(run))}</p>',
+        *[f'<p class="note">{escape(note)}</p>' for note in report.notes],
+        _facts(run), _phase_table(run),
+        *[_chart(chart) for chart in report.charts],
+        _clips(report),
+        f"<h2>Recipe</h2><details><summary>all settings</summary><pre>{escape(run.recipe_text)}</pre></details>",
+        f'<p class="quiet">Written by bridle {escape(__version__)}.</p>',
+    ]  # fmt: skip
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title} · BRIDLE run</title>\n<style>\n{CSS}\n</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _state(run: RunFolder) -> str:
+    if run.written is None:
+        return "BRIDLE run, just begun"
+    when = f"last row {run.written:%Y-%m-%d %H:%M} UTC"
+    if run.finished:
+        return f"BRIDLE run, finished; {when}"
+    newest = run.phases[-1] if run.phases else None
+    where = f"at step {_last_step(newest)} of {newest.name}" if newest else "before its first row"
+    return f"BRIDLE run, not finished: {where}; {when}"
+
+
+def _facts(run: RunFolder) -> str:
+    recipe, environment = run.recipe, run.environment
+    encoder, quantizer = recipe.model.encoder, recipe.model.quantizer
+    packages = environment.get("packages", {})
+    versions = [f"{name} {packages[name]}" for name in ("torch", "deepspeed", "timm") if name in packages]
+    zero = run.ds_config.get("zero_optimization", {}).get("stage", 0)
+    grid, ranks = build_modality(recipe.modality, recipe.clip).grid, environment.get("ranks", "?")
+    facts = {
+        "Modality": f"{recipe.modality}, {' × '.join(map(str, grid.values()))} patches ({' × '.join(grid)})",
+        "Encoder": f"width {encoder.width}, depth {encoder.depth}, {encoder.heads} heads",
+        "Quantizer": f"{quantizer.codebooks} codebooks of {quantizer.codebook_size} codes of width {quantizer.dim}",
+        "Mask": f"{recipe.mask.kind.replace('_', ' and ')}, {100 * recipe.mask.ratio:g} % hidden",
+        "Data": ", ".join(recipe.data.shards or ["none"]),
+        "Held out": ", ".join(recipe.data.heldout or ["none"]),
+        "Batch": f"{recipe.train.batch_size} clips, seed {recipe.seed}",
+        "Machine": ", ".join(
+            [f"{ranks} rank{'' if ranks == 1 else 's'}", str(environment.get("device", "?")), f"ZeRO stage {zero}"]
+        ),
+        "Software": ", ".join([f"bridle {environment.get('bridle', '?')}", *versions]),
+    }
+    rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    return f"<dl>{rows}</dl>"
+
+
+def _phase_table(run: RunFolder) -> str:
+    if not run.phases:
+        return ""
+    head = ("", "steps", "loss", "held-out loss", "held-out accuracy", "held-out cosine", "least codebook usage")
+    lines = [f"<tr>{''.join(f'<th>{text}</th>' for text in head)}</tr>"]
+    for phase in run.phases:
+        heldout = phase.heldout[-1] if phase.heldout else {}
+        newest = (phase.train or phase.heldout)[-1]
+        steps = f"{_last_step(phase)} of {phase.settings.steps}" if phase.settings.steps else str(_last_step(phase))
+        accuracy = heldout.get("accuracy")
+        cells = [
+            escape(phase.name), steps, f"{newest['loss']:.3f}",
+            f"{heldout['loss']:.3f}" if heldout else "–",
+            f"{np.mean(accuracy):.3f}" if accuracy else "–",
+            f"{heldout['cosine']:.3f}" if "cosine" in heldout else "–",
+            f"{100 * min(newest['codebook_usage']):.0f} %",
+        ]  # fmt: skip
+        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return f'<h2>Phases</h2><div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _last_step(phase: PhaseRows) -> int:
+    return max(int(row["step"]) for row in (*phase.train[-1:], *phase.heldout[-1:]))
+
+
+def _chart(chart: Chart) -> str:
+    caption = f'<p class="quiet">{escape(chart.caption)}</p>' if chart.caption else ""
+    return f'<h2>{escape(chart.title)}</h2>{caption}<figure class="wide">{chart.svg}</figure>'
+
+
+def _clips(report: Report) -> str:
+    if not report.clips:
+        return ""
+    text = "Each with a mask as in training."
+    if report.model:
+        text += f" Code maps from {report.model}; colours tell codes of one codebook apart and mean nothing else."
+    parts = [f'<h2>Held-out clips</h2><p class="quiet">{escape(text)}</p>']
+    for clip in report.clips:
+        height, width, _ = clip.tiles[0].pixels.shape
+        columns = 3 if width < 1.5 * height else 2 if width < 3 * height else 1
+        tiles = "".join(_tile(tile) for tile in clip.tiles)
+        style = f"grid-template-columns: repeat({columns}, 1fr)"
+        parts.append(f'<h3>{escape(clip.name)}</h3><div class="tiles" style="{style}">{tiles}</div>')
+    return "\n".join(parts)
+
+
+def _tile(tile: Tile) -> str:
+    out = io.BytesIO()
+    Image.fromarray(tile.pixels).save(out, format="PNG", optimize=True)
+    source = f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+    caption = escape(tile.caption)
+    return f'<figure><img src="{source}" alt="{escape(tile.alt)}"><figcaption>{caption}</figcaption></figure>'
