@@ -15,7 +15,6 @@ from bridle.data.check import Decode, check_shard
 from bridle.data.importers import IMPORTERS, Source, plan
 from bridle.data.patterns import expand, is_remote, shown
 from bridle.data.writer import write_index
-from bridle.modalities import REGISTRY, build_modality
 
 HELP = "build shards from a data set, index them, or check them"
 NAMED = 5
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     making.add_argument("--segments", type=Path, metavar="CSV", help="audioset: the table, where SRC holds several")
     indexing = actions.add_parser("index", help="build the index, with sha256, of each shard")
     checking = actions.add_parser("check", help="read every sample and report what is wrong")
-    checking.add_argument("--modality", choices=sorted(REGISTRY), help="also decode every sample")
+    checking.add_argument("--modality", metavar="NAME", help="also decode every sample as audio, image or video")
     for action in (indexing, checking):
         action.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, globs, braces; s3://, https://, pipe:")
         action.add_argument("--cache", metavar="DIR", help="folder for remote shards (~/.cache/bridle)")
@@ -95,6 +94,8 @@ def _check(args: argparse.Namespace) -> int:
     decode: Decode | None = None
     extensions: tuple[str, ...] = ()
     if args.modality:
+        from bridle.modalities import build_modality  # brings torch, which the other actions can do without
+
         modality = build_modality(args.modality, {})
         extensions = modality.extensions
 
