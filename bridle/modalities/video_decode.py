@@ -114,7 +114,9 @@ def decoder_errors() -> Iterator[None]:
     except ClipError:
         raise
     except MemoryError as error:
-        raise TooLargeError("video: decoding needs more memory than its process may take") from error
+        raise TooLargeError(
+            "video: decoding needs more memory than clip.decode_memory_mb lets it take; shrink it"
+        ) from error
     except (av.error.FFmpegError, ValueError, LookupError, OverflowError, OSError, RuntimeError) as error:
         raise UndecodableError(f"video: corrupt or truncated ({type(error).__name__}: {error})") from error
 
@@ -168,6 +170,8 @@ class PyAVSource:
             container_options={"codec_whitelist": ",".join(CODECS), "protocol_whitelist": ""},
         )
         try:
+            if not container.streams:
+                raise UndecodableError("video: the file holds no stream; it is corrupt or truncated")
             cover = av.stream.Disposition.attached_pic
             stream = next((s for s in container.streams.video if not s.disposition & cover), None)
             if stream is None:

@@ -24,9 +24,10 @@ from PIL import Image
 from bridle.modalities import build_modality
 from bridle.modalities.clip import ClipError, Limits, Modality
 
+X265 = {"x265-params": "keyint=12:bframes=3:log-level=none"}
 VIDEOS: dict[str, dict[str, Any]] = {
     "mp4": {},
-    "mkv": {"container": "matroska", "codec": "libx265", "options": {"x265-params": "keyint=12:bframes=3:log-level=none"}},
+    "mkv": {"container": "matroska", "codec": "libx265", "options": X265},
     "webm": {"container": "webm", "codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},
     "avi": {"container": "avi", "codec": "mpeg4"},
 }
@@ -44,7 +45,7 @@ def original(kind: str) -> bytes:
 
 
 def mutants(data: bytes, count: int, seed: int) -> Iterator[bytes]:
-    """Truncations, flipped bytes, bytes set to extremes, and runs of zeros; a third of them in the file's first part."""
+    """Truncations, flipped bytes, bytes set to extremes, runs of zeros; a third of them in the first part."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         damaged = bytearray(data[: int(rng.integers(1, len(data)))] if rng.random() < 0.2 else data)
@@ -93,8 +94,9 @@ def main() -> None:
     arguments = parser.parse_args()
     for kind in (*PICTURES, *VIDEOS):
         found, longest = outcomes(modality_for(kind), mutants(original(kind), arguments.count, arguments.seed))
-        mine, childs = (resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        print(f"{kind:5} longest {longest:5.2f} s, peak {mine} MB here, {childs} MB in an ended child, {dict(found)}", flush=True)
+        whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        mine, childs = (resource.getrusage(who).ru_maxrss // 1024 for who in whose)
+        print(f"{kind:5} longest {longest:5.2f} s, peak {mine} MB here, {childs} MB in an ended child, {dict(found)}")
 
 
 if __name__ == "__main__":
