@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO ?= runs/demo
-DEMO_CLIP := $(DEMO)/clip.flac
+DEMO_CLIP := $(DEMO)/clip.ogg
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
@@ -16,6 +16,7 @@ setup: $(INSTALLED)
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: $(PYTHON) is Python " + sys.version.split()[0] + ", 3.11 or newer is needed; give one with make PYTHON=/path/to/python3.11")'
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo 'make: $(PYTHON) has no ensurepip; install it (Debian: apt-get install python3-venv)' >&2; exit 1; }
+	@echo "installing the pins of requirements.lock into $(VENV): about 6 GB, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
@@ -26,13 +27,13 @@ demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: $(INSTALLED)
 	deepspeed --num_gpus 2 bridle/pretrain.py --deepspeed_config ds_configs/zero2.json --run $(DEMO)
 	bridle export $(DEMO) $(DEMO)/model
-	python examples/one_clip.py builtin:audio-heldout $(DEMO_CLIP)
+	python examples/one_clip.py builtin:audio-heldout 12 $(DEMO_CLIP)
 	bridle tokenize $(DEMO)/model $(DEMO_CLIP)
 	bridle codebooks $(DEMO)/model builtin:audio-heldout --out $(DEMO)/codebooks
 	bridle report $(DEMO)
 	@echo
 	@echo 'The model folder: $(DEMO)/model'
-	@echo 'The picture:      $(DEMO)/codebooks'
+	@echo 'The picture:      $(DEMO)/codebooks/code_norms.png'
 	@echo 'The page:         $(DEMO)/report.html'
 
 test: $(INSTALLED)
