@@ -174,7 +174,7 @@ class PhaseRun:
     def _name(self) -> str:
         return f"[{self.index} {self.job.kind}]"
 
-    def _row(self, position: Position, split: str, means: list[float], usage: list[float]) -> dict[str, Any]:
+    def _row(self, position: Position, split: str, means: list[float], usage: dict[str, list[float]]) -> dict[str, Any]:
         row: dict[str, Any] = {
             "phase": self.job.kind, "phase_index": self.index, "split": split,
             "step": position.step, "samples": position.samples,
@@ -186,7 +186,7 @@ class PhaseRun:
                 row.setdefault(key, []).append(value)
             else:
                 row[name] = value
-        return row | {"codebook_usage": usage}
+        return row | usage
 
     def _checkpoint(self, position: Position) -> None:
         began = time.perf_counter()
@@ -226,7 +226,7 @@ class PhaseRun:
 @torch.no_grad()
 def evaluate(
     engine: Any, job: PhaseJob, heldout: Stream, train: TrainSettings, data: DataSettings, ranks: Ranks
-) -> tuple[list[float], list[float]]:
+) -> tuple[list[float], dict[str, list[float]]]:
     """Means of the phase's metrics and codebook usage over held-out clips, the same number on every rank."""
     share = max(1, min(len(heldout.shards), train.evaluate_clips) // ranks.world)
     micro = max(size for size in range(1, split_batch(train, ranks.world)[0] + 1) if share % size == 0)
@@ -275,11 +275,15 @@ class _Sums:
         self.batches = self.corrupt = 0
 
 
-def _usage(job: PhaseJob, ranks: Ranks) -> list[float]:
-    """Share of each codebook's codes seen since the last call, over all ranks."""
-    share: list[float] = (ranks.sum(job.usage.clone()) > 0).float().mean(1).tolist()
+def _usage(job: PhaseJob, ranks: Ranks) -> dict[str, list[float]]:
+    """Of the codes seen since the last call, over all ranks, per codebook: the share of the codebook that was used, and
+    the share of its most frequent code, which is what always guessing that code would score."""
+    counts = ranks.sum(job.usage.clone())
     job.usage.zero_()
-    return share
+    return {
+        "codebook_usage": (counts > 0).float().mean(1).tolist(),
+        "codebook_majority": (counts.amax(1) / counts.sum(1).clamp(min=1.0)).tolist(),
+    }
 
 
 def _gradient_norm(engine: Any) -> float:
