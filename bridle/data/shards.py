@@ -28,6 +28,7 @@ LARGEST_META = 1 << 20
 SHARDS_OPEN = 128
 """At most, each with two open files."""
 ASKED_AT_ONCE = 16
+HINTS = hasattr(os, "posix_fadvise")  # not on macOS
 
 
 @dataclass(frozen=True)
@@ -170,14 +171,16 @@ class ShardSet:
     def __init__(self, shards: list[Shard], extensions: tuple[str, ...], cache: ShardCache) -> None:
         self.shards, self.extensions, self.cache = shards, extensions, cache
         self._ends = list(accumulate(shard.count for shard in shards))
+        self._names = [shown(shard.url) for shard in shards]
         self._lines: dict[int, np.ndarray] = {}
+        self._expected: dict[int, tuple[int, index.Entry]] = {}
         self._open: OrderedDict[int, tuple[BinaryIO, BinaryIO]] = OrderedDict()
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lines": {}, "_open": OrderedDict()}
+        return {**self.__dict__, "_lines": {}, "_open": OrderedDict(), "_expected": {}}
 
     @property
     def counts(self) -> list[int]:
@@ -195,8 +198,20 @@ class ShardSet:
         Raises:
             ShardError, SampleError: see `read`.
         """
-        number, entry, _ = self._entry(i)
-        return shown(self.shards[number].url), entry.key
+        number, entry = self._entry(i)
+        return self._names[number], entry.key
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Tells the system which samples are read next, so that a disk fetches them all at once and in the background.
+
+        Raises:
+            ShardError: see `read`.
+        """
+        self._expected = {i: self._entry(i) for i in numbers}
+        for number, entry in self._expected.values():
+            offset, size = entry.members[self._extension(entry)]
+            if HINTS:
+                os.posix_fadvise(self._opened(number)[0].fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, i: int, *, meta: bool = True) -> Sample:
         """Sample `i` of 0 to len - 1; `meta` false leaves the small members unread.
@@ -205,10 +220,9 @@ class ShardSet:
             SampleError: this sample cannot be read; others can.
             ShardError: its shard cannot be had, or its index is not its own.
         """
-        number, entry, tar = self._entry(i)
-        extension = next((wanted for wanted in self.extensions if wanted in entry.members), None)
-        extension = extension or next(found for found in entry.members if found not in META)
-        url = shown(self.shards[number].url)
+        number, entry = self._expected.pop(i) if i in self._expected else self._entry(i)
+        tar, url = self._opened(number)[0], self._names[number]
+        extension = self._extension(entry)
         small = {}
         if meta:
             small = {
@@ -228,17 +242,24 @@ class ShardSet:
         if shard.remote and number not in self._open:
             self.cache.fetch(shard.url, shard.header, wait=False)
 
-    def _entry(self, i: int) -> tuple[int, index.Entry, BinaryIO]:
+    def _extension(self, entry: index.Entry) -> str:
+        """Of the member wanted most; where nothing is wanted, of the first that is no label."""
+        for wanted in self.extensions:
+            if wanted in entry.members:
+                return wanted
+        return next(found for found in entry.members if found not in META)
+
+    def _entry(self, i: int) -> tuple[int, index.Entry]:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         number = bisect_right(self._ends, i)
         within = i - (self._ends[number] - self.shards[number].count)
-        tar, lines_file = self._opened(number)
+        lines_file = self._opened(number)[1]
         lines = self._lines[number]
         begin, end = int(lines[2 * within]), int(lines[2 * within + 1])
         line = os.pread(lines_file.fileno(), end - begin, begin)
         try:
-            return number, index.parse_entry(line), tar
+            return number, index.parse_entry(line)
         except (ValueError, KeyError, TypeError, IndexError):
             raise self._bad_index(number, f"line at offset {begin} is damaged") from None
 

@@ -154,6 +154,7 @@ class _Positions(Dataset[Any]):
             self.prefetcher.want(self.stream.order.upcoming_shards(positions[0]))
         corrupt: list[Corrupt] = []
         try:
+            self.stream.shards.expect([self.stream.order.locate(position)[1] for position in positions])
             made = [self._make(position, corrupt) for position in positions]
         except ShardError as error:
             return ShardError(str(error))
