@@ -1,0 +1,61 @@
+"""`bridle serve`: the HTTP service."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from bridle.config import RecipeError
+
+HELP = "Serve models over HTTP: bytes in, codes out. Every flag is also an environment variable, BRIDLE_<FLAG>."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of `ServeSettings`."""
+    from serving.settings import ServeSettings
+
+    parser.add_argument("models", nargs="*", metavar="MODEL_DIR", help="model folders, such as runs/NAME/models/final")
+    parser.add_argument("--new-key", metavar="NAME", help="print a new API key and the line that admits it, then exit")
+    parser.add_argument("--scopes", default="use", help="scopes of the new key, joined by + (use, metrics, admin)")
+    for name, field in ServeSettings.model_fields.items():
+        if name != "models":
+            parser.add_argument(f"--{name.replace('_', '-')}", dest=f"set_{name}", metavar="VALUE", help=_help(field))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until a signal ends it."""
+    try:
+        from serving.keys import new_key
+        from serving.logs import log
+        from serving.run import run as serve
+        from serving.settings import read_settings, unknown_variables
+    except ImportError as error:
+        raise RecipeError(f"{error.name} is missing; install bridle[serving]") from None
+
+    if args.new_key is not None:
+        key, line = new_key(args.new_key, tuple(args.scopes.split("+")))
+        print(f"key, shown once: {key}", file=sys.stderr)
+        print(line)
+        return 0
+    flags: dict[str, Any] = {k.removeprefix("set_"): v for k, v in vars(args).items() if k.startswith("set_")}
+    if args.models:
+        flags["models"] = tuple(args.models)
+    settings = read_settings(flags, os.environ)
+    for line in unknown_variables(os.environ):
+        log("warning", line)
+    return serve(settings)
+
+
+def _help(field: FieldInfo) -> str:
+    default = field.default
+    shown = ",".join(default) if isinstance(default, tuple) else default
+    choices = (
+        f" ({', '.join(map(str, get_args(field.annotation)))})" if get_origin(field.annotation) is not None else ""
+    )
+    plain = "" if "None" in choices else choices
+    text = (field.description or "") + plain + (f" Default: {shown}." if shown not in (None, "") else "")
+    return text.replace("%", "%%").replace("`", "")

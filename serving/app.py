@@ -1,0 +1,65 @@
+"""The application: routes, problems for all errors, and what stands around them."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from bridle import __version__
+from serving.middleware import Around
+from serving.problems import BY_STATUS, ProblemError
+from serving.routes import clips, dequantize, operation, pages
+from serving.service import Service
+
+
+def build_app(service: Service) -> ASGIApp:
+    """The ASGI application of a service (started or not; `/readyz` tells)."""
+    app = FastAPI(
+        title="BRIDLE",
+        version=__version__,
+        description="Discrete tokens of sound, images and video.",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        exception_handlers={
+            ProblemError: _problem,
+            RequestValidationError: _wrong_parameter,
+            HTTPException: _http_error,
+        },
+    )
+    app.state.service = service
+    for router in (clips.router, dequantize.router, operation.router, pages.router):
+        app.include_router(router)
+    inner: ASGIApp = app
+    if service.settings.cors_origins:
+        inner = CORSMiddleware(
+            app,
+            allow_origins=service.settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Timeout", "X-Request-ID"],
+            expose_headers=["X-Request-ID", "Retry-After", "Server-Timing"],
+        )
+    return Around(inner, service)
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ProblemError)
+    request.app.state.service.metrics.rejected.labels(error.type).inc()
+    return error.response(request.state.request_id)
+
+
+async def _wrong_parameter(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    told = "; ".join(f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors()[:8])
+    return await _problem(request, ProblemError("wrong-parameter", told))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    problem = ProblemError(BY_STATUS.get(error.status_code, "malformed"), str(error.detail))
+    request.app.state.service.metrics.rejected.labels(problem.type).inc()
+    return problem.response(request.state.request_id, dict(error.headers or {}))

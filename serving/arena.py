@@ -1,0 +1,66 @@
+"""Shared memory for clips: a decoding process writes a clip once, the model process reads it there.
+
+The arena is an anonymous file (memfd), so it needs no room in /dev/shm and vanishes with the last process. It is cut
+into slots of one clip each; only the service hands slots out, so a slot is never lost with a process that died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+from collections import deque
+
+
+class Arena:
+    """The service's side: who has which slot. Only for use in the event loop.
+
+    Args:
+        slots: clips that may be under way at once; slot_bytes: bytes of one clip.
+    """
+
+    def __init__(self, slots: int, slot_bytes: int) -> None:
+        self.slots = slots
+        self.slot_bytes = slot_bytes
+        self.fd = os.memfd_create("bridle-clips")
+        os.ftruncate(self.fd, slots * slot_bytes)
+        self._free = list(range(slots))
+        self._waiting: deque[asyncio.Future[int]] = deque()
+
+    @property
+    def free(self) -> int:
+        """Slots nobody holds."""
+        return len(self._free)
+
+    async def acquire(self) -> int:
+        """A free slot, the one used last (its memory is warm); waits in line where there is none."""
+        if self._free and not self._waiting:
+            return self._free.pop()
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self.release(future.result())
+            raise
+
+    def release(self, slot: int) -> None:
+        """Gives a slot back."""
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_result(slot)
+                return
+        self._free.append(slot)
+
+    def close(self) -> None:
+        """Closes the service's handle."""
+        os.close(self.fd)
+
+
+def attach(fd: int) -> mmap.mmap:
+    """The arena's memory in a process that was given its handle."""
+    memory = mmap.mmap(fd, os.fstat(fd).st_size)
+    os.close(fd)
+    return memory

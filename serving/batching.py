@@ -1,0 +1,134 @@
+"""The dynamic batcher of one model: windows that wait together run together.
+
+An idle service runs a window at once. While others are still being decoded, a window waits for them up to `max_wait`;
+while the model is busy, windows gather by themselves. All windows of a model have one shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from serving.metrics import Metrics
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(eq=False)
+class Entry:
+    """One window (or one piece of codes to dequantize) that waits for the model.
+
+    future: gets the window's array, or an exception. Cancelled when nobody waits any more.
+    deadline: monotonic time after which the answer is of no use.
+    """
+
+    operation: str
+    deadline: float
+    slot: int | None = None
+    codes: npt.NDArray[np.int64] | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    queue_seconds: float = 0.0
+    model_seconds: float = 0.0
+    future: asyncio.Future[Array] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Batcher:
+    """A queue from which model processes take batches.
+
+    Args:
+        upstream: how many files are being decoded for this model at this moment.
+        release: gives a window's slot back.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        max_batch: int,
+        max_wait: float,
+        upstream: Callable[[], int],
+        release: Callable[[int], None],
+        metrics: Metrics,
+    ) -> None:
+        self._name = name
+        self._max_batch = max_batch
+        self._max_wait = max_wait
+        self._upstream = upstream
+        self._release_slot = release
+        self._metrics = metrics
+        self._queue: deque[Entry] = deque()
+        self.changed = asyncio.Event()
+        """To be set when `upstream` may have fallen."""
+
+    def submit(self, entry: Entry) -> None:
+        """Puts an entry in line; its slot now belongs to the batcher."""
+        self._queue.append(entry)
+        self.changed.set()
+
+    async def next_batch(self) -> list[Entry]:
+        """Waits for work; entries of one operation that should run now, in the order they came."""
+        while True:
+            self._drop_useless()
+            if self._queue:
+                first = self._queue[0]
+                same = sum(entry.operation == first.operation for entry in self._queue)
+                patience = first.arrived + self._max_wait - time.monotonic()
+                alone = first.codes is not None
+                if alone or same >= self._max_batch or patience <= 0 or not self._upstream():
+                    return self._take(1 if alone else self._max_batch)
+            else:
+                patience = None
+            self.changed.clear()
+            try:
+                async with asyncio.timeout(patience):
+                    await self.changed.wait()
+            except TimeoutError:
+                continue
+
+    def finish(self, entry: Entry, result: Array | BaseException) -> None:
+        """Answers an entry that was taken, and gives its slot back."""
+        if entry.slot is not None:
+            self._release_slot(entry.slot)
+            entry.slot = None
+        if entry.future.done():
+            return
+        if isinstance(result, BaseException):
+            entry.future.set_exception(result)
+        else:
+            entry.future.set_result(result)
+
+    def fail_all(self, error: Callable[[], BaseException]) -> None:
+        """Answers everything that waits with an error."""
+        while self._queue:
+            self.finish(self._queue.popleft(), error())
+
+    def _take(self, count: int) -> list[Entry]:
+        batch: list[Entry] = []
+        others: list[Entry] = []
+        operation = self._queue[0].operation
+        now = time.monotonic()
+        while self._queue and len(batch) < count:
+            entry = self._queue.popleft()
+            (batch if entry.operation == operation else others).append(entry)
+        self._queue.extendleft(reversed(others))
+        for entry in batch:
+            entry.queue_seconds = now - entry.arrived
+            self._metrics.queue_seconds.labels(self._name).observe(entry.queue_seconds)
+        self._metrics.batch_size.labels(self._name).observe(len(batch))
+        return batch
+
+    def _drop_useless(self) -> None:
+        """Drops entries whose client is gone or whose deadline passed, before they cost the model anything."""
+        now = time.monotonic()
+        useless = [entry for entry in self._queue if entry.future.done() or entry.deadline <= now]
+        for entry in useless:
+            self._queue.remove(entry)
+            self._metrics.dropped.labels(self._name).inc()
+            self.finish(entry, TimeoutError("the deadline passed in the queue"))

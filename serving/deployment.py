@@ -1,0 +1,266 @@
+"""One model being served: its decoding pool, its batcher and its model processes, which share one arena."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bridle.modalities import build_modality
+from bridle.modalities.clip import Modality
+from bridle.model_folder import ModelConfig, read_config
+from serving import model_worker
+from serving.arena import Arena
+from serving.batching import Array, Batcher, Entry
+from serving.decoding import DecodePool, Window
+from serving.logs import log
+from serving.metrics import Metrics
+from serving.problems import ProblemError
+from serving.processes import Child
+from serving.settings import ServeSettings
+
+MAX_ANSWER = 1 << 31
+"""Bytes that a model process may answer with."""
+
+
+class Deployment:
+    """A model in service. Made by `start`, which returns when it is warm.
+
+    name: what `model=` calls it; info: what the model says about itself.
+    """
+
+    def __init__(self, folder: Path, settings: ServeSettings, metrics: Metrics, devices: list[str]) -> None:
+        self.folder = folder
+        self.config: ModelConfig = read_config(folder)
+        self.name = self.config.name
+        self.modality: Modality = build_modality(self.config.modality, self.config.clip, settings.limits)
+        self.info: dict[str, Any] = {}
+        self.codes_depend_on_batch = False
+        self.positions = math.prod(self.modality.grid.values())
+        self._settings = settings
+        self._metrics = metrics
+        self._devices = devices
+        sizes = zip(self.modality.grid.values(), self.modality.patch, strict=True)
+        self._shape = [self.modality.channels, *(count * step for count, step in sizes)]
+        self._ahead = 2 * settings.max_batch
+        slots = settings.decoders + (len(devices) + 2) * settings.max_batch
+        self.arena = Arena(slots, 4 * math.prod(self._shape))
+        self.pool = DecodePool(self.name, self._decoder_config(), settings.decoders, self.arena, metrics)
+        self._batcher = Batcher(
+            self.name,
+            max_batch=settings.max_batch,
+            max_wait=settings.max_wait_ms / 1000,
+            upstream=lambda: self.pool.active,
+            release=self.arena.release,
+            metrics=metrics,
+        )
+        self.pool.changed = self._batcher.changed
+        self._children: dict[str, Child] = {}
+        self._loops: list[asyncio.Task[None]] = []
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+
+    async def start(self) -> Deployment:
+        """Starts all processes, and returns when the model is warm.
+
+        Raises:
+            ModelError, RuntimeError, ConnectionError: it does not start; nothing is left behind.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.pool.start())
+                for device in self._devices:
+                    group.create_task(self._start_model(device))
+        except BaseExceptionGroup as errors:
+            await self.stop()
+            raise errors.exceptions[0] from None
+        hello = next(iter(self._children.values())).hello
+        self.info = hello["info"]
+        self.codes_depend_on_batch = hello["codes_depend_on_batch"]
+        if self.codes_depend_on_batch:
+            log("warning", "codes may depend on the batch at rounding's last bit on this device", model=self.name)
+        self._loops = [asyncio.create_task(self._run(device)) for device in self._devices]
+        return self
+
+    async def stop(self) -> None:
+        """Ends all processes at once."""
+        for task in self._loops:
+            task.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        self._batcher.fail_all(_gone)
+        await asyncio.gather(self.pool.close(), *(child.end() for child in self._children.values()))
+        self._children.clear()
+        self.arena.close()
+
+    async def retire(self) -> None:
+        """Waits until nobody uses the deployment any more, then stops it."""
+        await self._unused.wait()
+        await self.stop()
+
+    @contextmanager
+    def used(self) -> Iterator[Deployment]:
+        """Keeps the deployment alive for one request."""
+        self._users += 1
+        self._unused.clear()
+        try:
+            yield self
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._unused.set()
+
+    @property
+    def running(self) -> bool:
+        """Whether a model process is up."""
+        return bool(self._children)
+
+    @property
+    def pids(self) -> dict[str, list[int]]:
+        """Process ids, by kind."""
+        return {"model": [child.pid for child in self._children.values()], "decode": self.pool.pids}
+
+    async def results(
+        self, operation: str, data: bytes | bytearray, deadline: float
+    ) -> AsyncGenerator[tuple[Window, Array, Entry], None]:
+        """A file's windows with the model's answers, in order, each as soon as it is there.
+
+        Some windows are worked on ahead of the one that is awaited; when the receiver stops, so does all of it.
+
+        Raises:
+            ClipError: the file is at fault. ProblemError: a process ended. TimeoutError: the deadline passed.
+        """
+        pending: deque[tuple[Window, Entry]] = deque()
+        windows = self.pool.windows(data)
+        try:
+            async for window in windows:
+                entry = Entry(operation, deadline, slot=window.slot)
+                pending.append((window, entry))
+                self._batcher.submit(entry)
+                while pending and (len(pending) >= self._ahead or pending[0][1].future.done()):
+                    done, entry = pending.popleft()
+                    yield done, await entry.future, entry
+            while pending:
+                done, entry = pending.popleft()
+                yield done, await entry.future, entry
+        finally:
+            for _, entry in pending:
+                entry.future.cancel()
+            await windows.aclose()
+
+    async def dequantize(self, codes: npt.NDArray[np.int64], deadline: float) -> Array:
+        """Codes ``[N, M']`` to latents, float32 ``[N, d]``.
+
+        Raises:
+            ProblemError: codes out of range; a process ended. TimeoutError: the deadline passed.
+        """
+        entry = Entry("dequantize", deadline, codes=codes)
+        self._batcher.submit(entry)
+        return await entry.future
+
+    async def _run(self, device: str) -> None:
+        """Feeds one model process for as long as the deployment lives, and replaces the process when it ends."""
+        while True:
+            batch = await self._batcher.next_batch()
+            try:
+                await self._run_batch(self._children[device], batch)
+            except (EOFError, ConnectionError):
+                for entry in batch:
+                    self._batcher.finish(entry, _gone())
+                await self._replace(device)
+            except BaseException as error:
+                for entry in batch:
+                    self._batcher.finish(entry, _gone())
+                if not isinstance(error, Exception):
+                    raise
+                log("error", "a batch failed", model=self.name, error=repr(error))
+
+    async def _run_batch(self, child: Child, batch: list[Entry]) -> None:
+        operation, codes = batch[0].operation, batch[0].codes
+        if codes is not None:
+            await child.channel.send({"op": operation, "shape": codes.shape}, codes.tobytes())
+        else:
+            await child.channel.send({"op": operation, "slots": [entry.slot for entry in batch]})
+        answer, payload = await child.channel.receive()
+        if "shape" not in answer:
+            wrong = answer.get("wrong")
+            log("error", "the model refused a batch", model=self.name, error=wrong or answer.get("error"))
+            for entry in batch:
+                self._batcher.finish(entry, ProblemError("wrong-parameter", wrong) if wrong else _gone())
+            return
+        self._metrics.model_seconds.labels(self.name, operation).observe(answer["seconds"])
+        self._metrics.clips.labels(self.name, operation).inc(len(batch))
+        array = np.frombuffer(payload, np.int32 if operation == "codes" else np.float32).reshape(answer["shape"])
+        for entry, result in zip(batch, [array] if codes is not None else array, strict=True):
+            entry.model_seconds = answer["seconds"]
+            self._batcher.finish(entry, result)
+
+    async def _replace(self, device: str) -> None:
+        """What waits in the queue waits a little longer; only the batch that the process had has failed."""
+        code = await self._children.pop(device).end()
+        self._metrics.worker_restarts.labels("model", self.name).inc()
+        log("error", "a model process ended; starting another", model=self.name, device=device, exit_code=code)
+        pause = 0.2
+        while True:
+            try:
+                await self._start_model(device)
+                return
+            except (OSError, RuntimeError, EOFError, TimeoutError) as error:
+                log("error", "a model process does not start", model=self.name, device=device, error=str(error))
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 30.0)
+
+    async def _start_model(self, device: str) -> None:
+        settings = self._settings
+        on_cpu = [name for name in self._devices if name.startswith("cpu")]
+        config = {
+            "folder": str(self.folder.resolve()),
+            "device": device.partition("#")[0],
+            "dtype": settings.dtype,
+            "compile": settings.compile,
+            "threads": settings.threads or max(1, (os.cpu_count() or 1) // max(1, len(on_cpu))),
+            "max_batch": settings.max_batch,
+            "shape": self._shape,
+            "slot_bytes": self.arena.slot_bytes,
+        }
+        name = f"model-{self.name}-{device}"
+        self._children[device] = await Child.start(model_worker.main, name, self.arena.fd, config, MAX_ANSWER)
+
+    def _decoder_config(self) -> dict[str, Any]:
+        return {
+            "modality": self.config.modality,
+            "settings": self.modality.settings.model_dump(mode="json"),
+            "limits": self.modality.limits.model_dump(mode="json"),
+            "memory_bytes": self._settings.decode_memory_mb << 20,
+            "seconds": self._settings.decode_seconds,
+            "slot_bytes": 4 * math.prod(self._shape),
+        }
+
+
+def _gone() -> ProblemError:
+    return ProblemError("unavailable", "the model process ended; send the request again", retry_after=1)
+
+
+def devices_of(settings: ServeSettings) -> list[str]:
+    """The devices that `device` stands for."""
+    if settings.device != ("auto",):
+        return list(settings.device)
+    import torch
+
+    count = torch.cuda.device_count()
+    return [f"cuda:{i}" for i in range(count)] or ["cpu"]
+
+
+async def end_quietly(deployment: Deployment) -> None:
+    """Stops a deployment whatever state it is in."""
+    with contextlib.suppress(Exception):
+        await deployment.stop()

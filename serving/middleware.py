@@ -1,0 +1,211 @@
+"""Around every request: its id, log line, metrics and span; its key; bounds on slow readers; errors as problems."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bridle.config import RecipeError
+from serving.keys import presented_key
+from serving.logs import log
+from serving.problems import ProblemError
+from serving.service import Service
+from serving.settings import is_loopback
+from serving.work import ClientGoneError
+
+OPEN = ("/livez", "/readyz")
+"""Routes that need no key."""
+NEEDS = {"/metrics": "metrics", "/v1/models/reload": "admin"}
+"""Scope of a route, where it is not `use`."""
+ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+LEFTOVER_BYTES, LEFTOVER_SECONDS = 1 << 20, 1.0
+"""What is still read of a refused body, so that the client gets to read the answer."""
+SECURITY = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+
+
+class Around:
+    """The outermost layer."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send, self._service.settings.body_idle_timeout)
+        metrics = self._service.metrics
+        metrics.in_flight.inc()
+        try:
+            with self._service.tracing.request(f"{scope['method']} {scope['path']}", exchange.headers) as span:
+                await self._serve(exchange)
+                if span is not None:
+                    span.set_attribute("http.response.status_code", exchange.status)
+                    span.set_attribute("bridle.request_id", exchange.id)
+        finally:
+            metrics.in_flight.dec()
+            route = getattr(scope.get("route"), "path", "other")
+            seconds = time.perf_counter() - exchange.began
+            metrics.requests.labels(route, exchange.status).inc()
+            metrics.request_seconds.labels(route).observe(seconds)
+            quiet = scope["path"] in (*OPEN, "/metrics") and exchange.status < 400
+            log(
+                "debug" if quiet else "info",
+                "request",
+                request_id=exchange.id,
+                method=scope["method"],
+                path=scope["path"][:200],
+                status=exchange.status,
+                seconds=round(seconds, 4),
+                received=exchange.received,
+                sent=exchange.sent,
+                key=scope["state"].get("key"),
+                **scope["state"].get("log", {}),
+            )
+
+    async def _serve(self, exchange: _Exchange) -> None:
+        try:
+            self._admit(exchange)
+            await self._app(exchange.scope, exchange.receive, exchange.send)
+        except ProblemError as problem:
+            await exchange.refuse(problem)
+            self._service.metrics.rejected.labels(problem.type).inc()
+        except ClientGoneError:
+            exchange.status = 499
+        except (TimeoutError, ConnectionError):
+            exchange.status = 499
+            exchange.abort()
+        except Exception as error:  # a fault of ours: told in the log, not to the client
+            log("error", "a request failed", request_id=exchange.id, error=repr(error), where=_where(error))
+            await exchange.refuse(ProblemError("internal", "the service failed; the log has the request id"))
+
+    def _admit(self, exchange: _Exchange) -> None:
+        """Checks where the request comes from and whether its key opens the route.
+
+        Raises:
+            ProblemError: 401, 403.
+        """
+        scope, headers, keys = exchange.scope, exchange.headers, self._service.keys
+        path = scope["path"]
+        if path in OPEN:
+            return
+        origin = headers.get("origin")
+        allowed = origin is not None and origin in self._service.settings.cors_origins
+        if headers.get("sec-fetch-site") == "cross-site" and not allowed:
+            raise ProblemError("forbidden", "pages of other sites may not call the service; set cors_origins")
+        if not keys.needed:
+            host = _host(headers.get("host", ""))
+            if not is_loopback(host) and host not in self._service.settings.allowed_hosts:
+                raise ProblemError(
+                    "forbidden", f"host {host[:80]!r} is not this machine; set API keys or allowed_hosts"
+                )
+            return
+        if scope["method"] == "OPTIONS" and allowed:
+            return
+        try:
+            keys.refresh()
+        except (RecipeError, OSError, UnicodeError) as error:
+            log("error", "the keys could not be read; the old ones stay", error=str(error))
+        presented = presented_key(headers)
+        key = keys.find(presented) if presented is not None else None
+        if key is None:
+            raise ProblemError("unauthorized", "send a valid key as Authorization: Bearer KEY")
+        scope["state"]["key"] = key.name
+        needed = NEEDS.get(path, "use")
+        if needed not in key.scopes:
+            raise ProblemError("forbidden", f"the key's scopes do not include {needed}")
+
+
+class _Exchange:
+    """One request and its answer, watched."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, patience: float) -> None:
+        self.scope = scope
+        self.headers = Headers(scope=scope)
+        self.began = time.perf_counter()
+        said = self.headers.get("x-request-id", "")
+        self.id = said if ID.fullmatch(said) else secrets.token_hex(8)
+        self.status = 0
+        self.received = self.sent = 0
+        self._receive = receive
+        self._send = send
+        self._patience = patience
+        self._started = False
+        self._unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
+        state: MutableMapping[str, Any] = scope.setdefault("state", {})
+        state["request_id"] = self.id
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self.received += len(message.get("body", b""))
+            self._unread = self._unread and message.get("more_body", False)
+        else:
+            self._unread = False
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._read_leftover()
+            self._started = True
+            self.status = message["status"]
+            added = [(b"x-request-id", self.id.encode()), *SECURITY]
+            if self._unread:
+                added.append((b"connection", b"close"))
+            message = {**message, "headers": [*message.get("headers", []), *added]}
+        else:
+            self.sent += len(message.get("body", b""))
+        async with asyncio.timeout(self._patience):  # a client that does not read must not hold memory for ever
+            await self._send(message)
+
+    async def refuse(self, problem: ProblemError) -> None:
+        """Answers with a problem; where an answer has begun already, breaks the connection off."""
+        if self._started:
+            self.abort()
+            return
+        try:
+            await problem.response(self.id)(self.scope, self.receive, self.send)
+        except (TimeoutError, ConnectionError):
+            self.abort()
+
+    def abort(self) -> None:
+        """Closes the connection without ceremony."""
+        transport = getattr(getattr(self._send, "__self__", None), "transport", None)
+        if transport is not None:
+            transport.abort()
+
+    async def _read_leftover(self) -> None:
+        read = 0
+        try:
+            async with asyncio.timeout(LEFTOVER_SECONDS):
+                while self._unread and read < LEFTOVER_BYTES:
+                    read += len((await self.receive()).get("body", b""))
+        except TimeoutError:
+            pass
+
+
+def _host(header: str) -> str:
+    name, _, port = header.rpartition(":")
+    return (name if port.isdecimal() and name else header).strip("[]")
+
+
+def _where(error: BaseException) -> list[str]:
+    lines, step = [], error.__traceback__
+    while step is not None:
+        lines.append(f"{step.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{step.tb_lineno}")
+        step = step.tb_next
+    return lines[-8:]

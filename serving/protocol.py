@@ -1,0 +1,81 @@
+"""The HTTP protocol of uvicorn with bounds that it lacks: headers that never end, and too many connections."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from serving.problems import ProblemError
+
+MAX_HEADERS = 64 * 1024
+"""Bytes of a request line and its headers."""
+
+
+def bounded_protocol(max_connections: int, header_timeout: float) -> type[HttpToolsProtocol]:
+    """A protocol that refuses connections over `max_connections`, and headers that are too long or take too long."""
+
+    class BoundedProtocol(HttpToolsProtocol):
+        _head_bytes = 0
+        _head_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > max_connections:
+                transport.abort()
+                return
+            self._await_head()
+
+        def data_received(self, data: bytes) -> None:
+            if self._head_timer is not None:
+                self._head_bytes += len(data)
+                if self._head_bytes > MAX_HEADERS and self.scope is None:
+                    self._refuse()
+                    return
+            super().data_received(data)
+            if self._head_timer is not None and self._head_bytes > MAX_HEADERS and not self.transport.is_closing():
+                self._refuse()
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            if self._head_timer is None:
+                self._await_head()
+
+        def on_headers_complete(self) -> None:
+            self._stop_timer()
+            super().on_headers_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_timer()
+            super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            self._answer(ProblemError("malformed", "the bytes are no HTTP request"))
+
+        def _await_head(self) -> None:
+            self._head_bytes = 0
+            self._head_timer = self.loop.call_later(header_timeout, self._too_slow)
+
+        def _stop_timer(self) -> None:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+
+        def _too_slow(self) -> None:
+            if self._head_bytes:
+                self._answer(ProblemError("slow-request", f"no complete headers within {header_timeout:g} s"))
+            else:
+                self.transport.close()
+
+        def _refuse(self) -> None:
+            self._answer(ProblemError("headers-too-large", f"headers over {MAX_HEADERS} bytes"))
+
+        def _answer(self, problem: ProblemError) -> None:
+            response = problem.response()
+            lines = [f"HTTP/1.1 {problem.status} {problem.title}".encode(), b"connection: close"]
+            lines += [name + b": " + value for name, value in response.raw_headers]
+            self.transport.write(b"\r\n".join([*lines, b"", response.body]))
+            self.transport.close()
+
+    return BoundedProtocol

@@ -1,0 +1,142 @@
+"""All models in service: which one a request means, and how one is swapped for another without a failed request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from bridle.config import RecipeError
+from serving.deployment import Deployment, devices_of
+from serving.logs import log
+from serving.metrics import Metrics
+from serving.problems import ProblemError
+from serving.settings import ServeSettings
+
+SPECIFIC = ("image", "video")
+"""Modalities asked first, for a film has sound: what both film and sound could be is tried as a film."""
+
+
+class Registry:
+    """The models, in the order of the settings."""
+
+    def __init__(self, settings: ServeSettings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._models: dict[str, Deployment] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._reloading = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Starts all models.
+
+        Raises:
+            RecipeError: two models of one name. ModelError, RuntimeError, ConnectionError: one does not start.
+        """
+        devices = devices_of(self._settings)
+        made = [Deployment(Path(folder), self._settings, self._metrics, devices) for folder in self._settings.models]
+        for one in made:
+            if one.name in self._models:
+                raise RecipeError(f"two models are called '{one.name}'; export one under another name")
+            self._models[one.name] = one
+        for one in made:
+            await one.start()
+            self._announce(one)
+
+    async def stop(self) -> None:
+        """Stops all models."""
+        await asyncio.gather(*(model.stop() for model in self._models.values()), return_exceptions=True)
+        for task in self._retiring:
+            task.cancel()
+
+    @property
+    def models(self) -> list[Deployment]:
+        """What is loaded."""
+        return list(self._models.values())
+
+    @property
+    def running(self) -> bool:
+        """Whether every model has a process that is up."""
+        return bool(self._models) and all(model.running for model in self._models.values())
+
+    def get(self, name: str) -> Deployment:
+        """The model of a name.
+
+        Raises:
+            ProblemError: there is none.
+        """
+        if name not in self._models:
+            raise ProblemError(
+                "wrong-parameter", f"model '{name[:80]}' is not loaded; loaded: {', '.join(self._models)}"
+            )
+        return self._models[name]
+
+    def choose(self, name: str | None, modality: str | None, head: bytes) -> list[Deployment]:
+        """The models to try, in order: the one named, that of the modality named, or those that recognise the content.
+
+        Raises:
+            ProblemError: no such model, none of that modality, or none that recognises the content.
+        """
+        if name is not None:
+            model = self.get(name)
+            if modality not in (None, model.config.modality):
+                raise ProblemError("wrong-parameter", f"model '{name}' is for {model.config.modality}, not {modality}")
+            return [model]
+        firsts: dict[str, Deployment] = {}
+        for model in self._models.values():
+            firsts.setdefault(model.config.modality, model)
+        if modality is not None:
+            if modality not in firsts:
+                raise ProblemError(
+                    "wrong-parameter", f"no model for modality '{modality[:80]}' is loaded; loaded: {', '.join(firsts)}"
+                )
+            return [firsts[modality]]
+        if not head:
+            raise ProblemError("undecodable", "the content is empty; send the bytes of a file")
+        names: Sequence[str] = [
+            *(name for name in SPECIFIC if name in firsts),
+            *(n for n in firsts if n not in SPECIFIC),
+        ]
+        found = [firsts[kind] for kind in names if firsts[kind].modality.recognises(head)]
+        if not found:
+            raise ProblemError(
+                "unsupported-kind",
+                f"the content is not recognised as {' or '.join(firsts)}; docs/serving.md lists the kinds",
+            )
+        return found
+
+    async def reload(self, name: str | None = None) -> list[Deployment]:
+        """Loads one model, or all, from its folder again; requests under way end on the old one.
+
+        Raises:
+            ProblemError: no such model, or it does not start; the old one stays in service.
+        """
+        wanted = [self.get(name)] if name is not None else self.models
+        async with self._reloading:
+            return [await self._reload(model) for model in wanted]
+
+    async def _reload(self, old: Deployment) -> Deployment:
+        try:
+            new = Deployment(old.folder, self._settings, self._metrics, devices_of(self._settings))
+            if new.name != old.name and new.name in self._models:
+                raise RecipeError(f"another model is called '{new.name}'")
+            await new.start()
+        except (ValueError, OSError, RuntimeError, EOFError, TimeoutError) as error:
+            self._metrics.reloads.labels(old.name, "failed").inc()
+            log("error", "a model could not be reloaded; the old one stays", model=old.name, error=str(error))
+            raise ProblemError("reload-failed", f"{old.name}: {error}") from None
+        self._models = {
+            (new.name if model is old else name): (new if model is old else model)
+            for name, model in self._models.items()
+        }
+        self._metrics.reloads.labels(new.name, "done").inc()
+        self._metrics.model_info.remove(old.name, old.config.modality, old.info["sha256"])
+        self._announce(new)
+        task = asyncio.create_task(old.retire())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+        return new
+
+    def _announce(self, model: Deployment) -> None:
+        self._metrics.model_info.labels(model.name, model.config.modality, model.info["sha256"]).set(1)
+        log("info", "a model is ready", model=model.name, modality=model.config.modality, sha256=model.info["sha256"])

@@ -1,0 +1,228 @@
+"""`/tokenize`, `/encode` and `/v1/picture`: files in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Depends, Query, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Send
+
+from bridle.modalities.clip import ClipError, WrongKindError
+from bridle.tokens.layouts import Vocabulary, to_text
+from serving.admission import Places
+from serving.answers import ARROW, JSON, NDJSON, NPZ, Clip, answer, json_clip, negotiate
+from serving.deployment import Deployment
+from serving.openapi import FILES, problems
+from serving.problems import ProblemError, clip_problem
+from serving.schemas import EncodeAnswer, EncodeParameters, Parameters, TokenizeAnswer, TokenizeParameters
+from serving.service import Service, service_of
+from serving.work import Stream, Timings, deadline_problem, each_clip, while_wanted, whole, windows_of
+
+router = APIRouter(tags=["clips"])
+HEAD = 4096
+"""Bytes by which content is recognised."""
+TheService = Annotated[Service, Depends(service_of)]
+
+
+class _Job:
+    """What the routes here share: the files of a request, the models to try for each, its deadline and timings."""
+
+    def __init__(self, request: Request, service: Service, parameters: Parameters, places: Places) -> None:
+        self.request = request
+        self.service = service
+        self.deadline = service.admission.deadline(request.headers.get("x-request-timeout"))
+        self.timings = Timings()
+        self._parameters = parameters
+        self._places = places
+        if parameters.model is not None or parameters.modality is not None:
+            service.registry.choose(parameters.model, parameters.modality, b"")  # wrong ones are told before reading
+
+    async def files(self) -> list[tuple[bytearray, list[Deployment]]]:
+        """The files, and the models to try for each.
+
+        Raises:
+            ProblemError: see `Uploads.files`, `Registry.choose`.
+        """
+        with self.service.tracing.step("receive"):
+            files = await self.service.uploads.files(self.request, self._places, self.deadline)
+        return [(file, self._candidates(file, index)) for index, file in enumerate(files)]
+
+    def _candidates(self, file: bytearray, index: int) -> list[Deployment]:
+        try:
+            return self.service.registry.choose(
+                self._parameters.model, self._parameters.modality, bytes(memoryview(file)[:HEAD])
+            )
+        except ProblemError as problem:
+            problem.extra["clip"] = index
+            raise
+
+    async def streams(self, operation: str) -> list[Stream]:
+        """Every file's whole answer."""
+        files = await self.files()
+        work = [whole(models, operation, file, self.deadline, self.timings) for file, models in files]
+        with self.service.tracing.step(operation):
+            streams = await while_wanted(self.request, each_clip(work), self.deadline)
+        self.note(len(files))
+        return streams
+
+    def note(self, files: int) -> None:
+        """Adds to the request's log line."""
+        self.request.state.log = {
+            "clips": files,
+            "windows": self.timings.windows,
+            "models": ",".join(sorted(self.timings.models)) or None,
+            "queue_s": round(self.timings.queue, 4),
+            "model_s": round(self.timings.model, 4),
+        }
+
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer."""
+        return {"Server-Timing": self.timings.header()}
+
+
+@router.post("/tokenize", response_model=TokenizeAnswer, responses=problems(NPZ, ARROW, NDJSON), openapi_extra=FILES)
+async def tokenize(
+    request: Request, service: TheService, parameters: Annotated[TokenizeParameters, Query()]
+) -> Response:
+    """Files to codes, one stream for each file. With `Accept: application/x-ndjson`, window by window."""
+    kind = negotiate(request.headers.get("accept"), (JSON, NPZ, ARROW, NDJSON))
+    if kind == NDJSON and parameters.layout not in (None, "interleaved"):
+        raise ProblemError("wrong-parameter", f"layout {parameters.layout} needs the whole stream; not with {NDJSON}")
+    async with contextlib.AsyncExitStack() as stack:
+        job = _Job(request, service, parameters, stack.enter_context(service.admission.request()))
+        if kind != NDJSON:
+            streams = await job.streams("codes")
+            return await answer([_codes(one, parameters) for one in streams], kind, job.headers())
+        lines = _lines(job, await job.files(), parameters)
+        stack.push_async_callback(lines.aclose)
+        first = await while_wanted(request, anext(lines), job.deadline)
+        return _Lines(first, lines, stack.pop_all())
+
+
+@router.post("/encode", response_model=EncodeAnswer, responses=problems(NPZ, ARROW), openapi_extra=FILES)
+async def encode(request: Request, service: TheService, parameters: Annotated[EncodeParameters, Query()]) -> Response:
+    """Files to the encoder's embeddings: their mean, or one for each position."""
+    kind = negotiate(request.headers.get("accept"), (JSON, NPZ, ARROW))
+    with service.admission.request() as places:
+        job = _Job(request, service, parameters, places)
+        streams = await job.streams("embed")
+        return await answer([_embedding(one, parameters.pool) for one in streams], kind, job.headers())
+
+
+@router.post(
+    "/v1/picture",
+    response_class=Response,
+    responses={**problems(), 200: {"content": {"image/png": {}}, "description": "A picture for people."}},
+    openapi_extra=FILES,
+)
+async def picture(request: Request, service: TheService, parameters: Annotated[Parameters, Query()]) -> Response:
+    """One file as a model sees it: a spectrogram, a picture, or a film's frames side by side (X-Bridle-Frames)."""
+    negotiate(request.headers.get("accept"), ("image/png",))
+    with service.admission.request() as places:
+        job = _Job(request, service, parameters, places)
+        files = await job.files()
+        if len(files) != 1:
+            raise ProblemError("wrong-parameter", f"{len(files)} files, expected one", clip=1)
+        (file, models), *_ = files
+        header, png = (await while_wanted(request, each_clip([_picture(models, file)]), job.deadline))[0]
+        return Response(png, headers={"X-Bridle-Frames": str(int(header["frames"]))}, media_type="image/png")
+
+
+async def _picture(models: list[Deployment], file: bytearray) -> tuple[dict[str, Any], bytes]:
+    for model in models[:-1]:
+        with contextlib.suppress(WrongKindError), model.used():
+            return await model.pool.picture(file)
+    with models[-1].used():
+        return await models[-1].pool.picture(file)
+
+
+def _about(stream: Stream) -> Clip:
+    return {
+        "model": stream.deployment.name,
+        "modality": stream.deployment.config.modality,
+        "grid": stream.grid,
+        "duration_s": stream.duration_s,
+    }
+
+
+def _codes(stream: Stream, parameters: TokenizeParameters) -> Clip:
+    quantizer = stream.deployment.config.quantizer
+    clip = _about(stream)
+    clip |= {"codebooks": quantizer.codebooks, "codebook_size": quantizer.codebook_size}
+    clip["codes"] = np.ascontiguousarray(stream.values.T).astype(np.int32)
+    return clip | _tokens(stream.deployment, stream.values, parameters)
+
+
+def _tokens(deployment: Deployment, codes: Any, parameters: TokenizeParameters) -> Clip:
+    quantizer = deployment.config.quantizer
+    vocabulary = Vocabulary(quantizer.codebooks, quantizer.codebook_size, parameters.offset)
+    layout = parameters.layout or "interleaved"
+    extra: Clip = {}
+    if parameters.layout is not None:
+        extra["ids"] = vocabulary.flatten(codes, layout)
+    if parameters.text:
+        extra["text"] = to_text(deployment.config.modality, codes, vocabulary, layout)
+    return extra
+
+
+def _embedding(stream: Stream, pool: str) -> Clip:
+    clip = _about(stream) | {"width": stream.values.shape[-1]}
+    if pool == "mean":
+        clip["embedding"] = stream.values.mean(0, dtype=np.float64).astype(np.float32)
+    else:
+        clip["embeddings"] = stream.values
+    return clip
+
+
+async def _lines(
+    job: _Job, files: list[tuple[bytearray, list[Deployment]]], parameters: TokenizeParameters
+) -> AsyncGenerator[bytes, None]:
+    """One line for each window, in order, and one at the end of each file."""
+    for index, (file, models) in enumerate(files):
+        count, seconds = 0, None
+        try:
+            async with contextlib.aclosing(windows_of(models, "codes", file, job.deadline, job.timings)) as results:
+                async for result in results:
+                    window, deployment = result.window, result.deployment
+                    line: Clip = {"clip": index, "window": count, "model": deployment.name}
+                    line |= {"modality": deployment.config.modality, "grid": result.grid}
+                    line |= {"start_s": window.start_s, "duration_s": window.duration_s}
+                    line["codes"] = np.ascontiguousarray(result.values.T)
+                    yield json_clip(line | _tokens(deployment, result.values, parameters)) + b"\n"
+                    count += 1
+                    if window.duration_s is not None:
+                        seconds = (seconds or 0.0) + window.duration_s
+        except ClipError as error:
+            raise clip_problem(error, clip=index) from None
+        except TimeoutError:
+            raise deadline_problem() from None
+        yield json_clip({"clip": index, "end": True, "windows": count, "duration_s": seconds}) + b"\n"
+    job.note(len(files))
+
+
+class _Lines(StreamingResponse):
+    """Lines as they come. An error after the first line becomes the last line: `{"problem": {...}}`."""
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], stack: contextlib.AsyncExitStack) -> None:
+        super().__init__(rest, media_type=NDJSON, headers={"Cache-Control": "no-store"})
+        self._first = first
+        self._rest = rest
+        self._stack = stack
+
+    async def stream_response(self, send: Send) -> None:
+        """Sends the lines; whatever happens, the work behind them ends with the answer."""
+        async with self._stack:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            try:
+                async for line in self._rest:
+                    await send({"type": "http.response.body", "body": line, "more_body": True})
+            except ProblemError as problem:
+                line = json.dumps({"problem": problem.body()}).encode() + b"\n"
+                await send({"type": "http.response.body", "body": line, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})

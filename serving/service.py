@@ -1,0 +1,122 @@
+"""Everything a request needs, in one place."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import Request
+
+from bridle import __version__
+from bridle.config import RecipeError
+from serving.admission import Admission
+from serving.keys import KeyRing
+from serving.logs import log
+from serving.metrics import Metrics
+from serving.problems import ProblemError
+from serving.processes import start_template
+from serving.registry import Registry
+from serving.settings import ServeSettings
+from serving.tracing import Tracing
+from serving.uploads import Uploads
+
+
+class Service:
+    """The parts of a running service.
+
+    Raises:
+        RecipeError: wrong settings or keys.
+    """
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.keys = KeyRing(settings)
+        self.admission = Admission(settings, self.metrics)
+        self.uploads = Uploads(settings, self.metrics)
+        self.registry = Registry(settings, self.metrics)
+        self.tracing = Tracing(settings.otlp_endpoint)
+        self.draining = False
+        self.stop: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Starts all models; returns when they are warm.
+
+        Raises:
+            ValueError, OSError, RuntimeError: one does not start.
+        """
+        await asyncio.to_thread(start_template)
+        try:
+            await self.registry.start()
+        except BaseException:
+            await self.registry.stop()
+            raise
+        self.metrics.ready.set(1)
+
+    async def close(self) -> None:
+        """Ends all processes."""
+        await self.registry.stop()
+        self.tracing.close()
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests should come here."""
+        return self.registry.running and not self.draining
+
+    def drain(self) -> None:
+        """Stops being ready; everything is still served until the server stops."""
+        self.draining = True
+        self.metrics.ready.set(0)
+        log("info", "draining")
+
+    def reload_in_background(self) -> None:
+        """SIGHUP: keys and all models."""
+
+        async def reload() -> None:
+            try:
+                self.keys.reload()
+            except (RecipeError, OSError, UnicodeError) as error:
+                log("error", "the keys could not be read; the old ones stay", error=str(error))
+            with contextlib.suppress(ProblemError):
+                await self.registry.reload()
+
+        task = asyncio.ensure_future(reload())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def info(self) -> dict[str, Any]:
+        """What `/info` says."""
+        limits = (
+            "max_bytes", "max_clips", "max_seconds", "max_pixels", "max_frames", "max_queue", "max_codes",
+            "max_batch", "max_wait_ms", "request_timeout",
+        )  # fmt: skip
+        return {
+            "version": __version__,
+            "limits": {name: getattr(self.settings, name) for name in limits},
+            "models": self.models(),
+        }
+
+    def models(self) -> list[dict[str, Any]]:
+        """What `/v1/models` says of each model."""
+        return [
+            {
+                "id": model.name,
+                "object": "model",
+                **model.info,
+                "codes_depend_on_batch": model.codes_depend_on_batch,
+                "device": self.settings.device,
+                "dtype": self.settings.dtype,
+            }
+            for model in self.registry.models
+        ]
+
+
+def service_of(request: Request) -> Service:
+    """The service behind a request."""
+    service: Service = request.app.state.service
+    return service

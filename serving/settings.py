@@ -1,0 +1,164 @@
+"""What an operator may set: by flag (``--max-batch 8``) or by environment (``BRIDLE_MAX_BATCH=8``); flags win."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from bridle.config import RecipeError, Settings, nearest, parse_settings
+from bridle.modalities.clip import Limits
+
+PREFIX = "BRIDLE_"
+
+
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class ServeSettings(Settings):
+    """Settings of `bridle serve`."""
+
+    models: Annotated[Words, Field(min_length=1)]
+    """Model folders, comma-separated in the environment. The first of a modality is that modality's default."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any address but loopback needs API keys."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0 takes a free one and logs it."""
+    allowed_hosts: Words = ()
+    """Host names that a request without API keys may name, beside localhost and loopback addresses."""
+    api_keys: str | None = None
+    """Hashed API keys, `name:scopes:sha256` and comma-separated. Make one with `bridle serve --new-key NAME`."""
+    api_keys_file: str | None = None
+    """File with one such key a line; read again when it changes."""
+    cors_origins: Words = ()
+    """Origins whose pages may call the service. None by default."""
+
+    device: Words = ("auto",)
+    """`auto`, `cpu`, or GPUs such as `cuda:0,cuda:1`: one process for each model on each of them."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the transformer; the quantizer is always float32."""
+    compile: bool = False
+    """Whether to run the model through torch.compile; warm-up then takes a minute or more."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Threads of a model process on the CPU; 0 takes all cores, shared among the processes."""
+    max_batch: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Clips in one forward pass at most."""
+    max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 10.0
+    """How long a clip may wait for others that are already being decoded; an idle service never waits."""
+    decode_workers: Annotated[int, Field(ge=0, le=256)] = 0
+    """Decoding processes per model; 0 takes one per core, up to 4."""
+    decode_memory_mb: Annotated[int, Field(ge=64)] = 2048
+    """Memory a decoding process may take above what it starts with."""
+    decode_seconds: Seconds = 30.0
+    """Time for decoding one clip; the process is ended then."""
+
+    max_bytes: Count = 64 * 1024 * 1024
+    """Bytes of one request's body, and of one file in it."""
+    max_clips: Count = 64
+    """Files in one request."""
+    max_seconds: Seconds = 3600.0
+    """Seconds of sound or film in one file."""
+    max_pixels: Count = 50_000_000
+    """Pixels of a picture or frame."""
+    max_frames: Count = 36_000
+    """Frames of a film that may be decoded."""
+    max_queue: Count = 64
+    """Files accepted and not yet answered; one more gets 429."""
+    max_queue_bytes: Count = 512 * 1024 * 1024
+    """Bytes of all bodies in memory; more gets 429."""
+    max_connections: Count = 4096
+    """Open connections; more are closed at once."""
+    max_codes: Count = 4_000_000
+    """Codes in one `/dequantize` request."""
+    request_timeout: Seconds = 120.0
+    """Seconds a request may take in all; `X-Request-Timeout` may lower it."""
+    header_timeout: Seconds = 10.0
+    """Seconds for a connection's request line and headers, and to keep an idle connection."""
+    body_idle_timeout: Seconds = 10.0
+    """Seconds without a byte of a body (or without the client taking a byte of the answer) before it is dropped."""
+    lame_duck_seconds: Annotated[float, Field(ge=0)] = 3.0
+    """Seconds after SIGTERM in which /readyz fails and everything else is still served."""
+    drain_seconds: Seconds = 60.0
+    """Seconds that requests in flight then have to finish."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe lines that are logged."""
+    otlp_endpoint: str | None = None
+    """OpenTelemetry collector (OTLP over HTTP, such as http://collector:4318); no traces unless set."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ServeSettings:
+        for name in ("api_keys", "api_keys_file"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise ValueError(f"{name} is set but empty; remove it, or give keys (bridle serve --new-key NAME)")
+        if not self.has_keys and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} is not loopback and no API keys are set; set api_keys or api_keys_file "
+                "(make one with: bridle serve --new-key NAME), or listen on 127.0.0.1"
+            )
+        return self
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether requests need a key."""
+        return self.api_keys is not None or self.api_keys_file is not None
+
+    @property
+    def limits(self) -> Limits:
+        """What a decoder may be asked to unfold."""
+        return Limits(
+            max_bytes=self.max_bytes,
+            max_seconds=self.max_seconds,
+            max_pixels=self.max_pixels,
+            max_frames=self.max_frames,
+        )
+
+    @property
+    def decoders(self) -> int:
+        """Decoding processes per model."""
+        return self.decode_workers or min(4, os.cpu_count() or 1)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    name = host.strip("[]").lower()
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> ServeSettings:
+    """Settings from flags (those that are not None) over the environment.
+
+    Raises:
+        RecipeError: a wrong value; names the flag or variable, what was found and what was expected.
+    """
+    found: dict[str, Any] = {}
+    for name in ServeSettings.model_fields:
+        if (value := environment.get(PREFIX + name.upper())) is not None:
+            found[name] = value
+    found |= {name: value for name, value in flags.items() if value is not None}
+    if "models" not in found:
+        raise RecipeError("no model folder given; write: bridle serve MODEL_DIR, or set BRIDLE_MODELS")
+    return parse_settings(ServeSettings, found, "bridle serve")
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """One line for each ``BRIDLE_`` variable that is a misspelt setting."""
+    known = {PREFIX + name.upper() for name in ServeSettings.model_fields}
+    strange = [name for name in environment if name.startswith(PREFIX) and name not in known]
+    hints = ((name, nearest(name, known)) for name in strange)
+    return [f"{name} is no setting of bridle serve{hint}" for name, hint in hints if "did you mean" in hint]

@@ -1,0 +1,182 @@
+"""From files to answers: choosing models, running windows, joining them, and stopping when nobody waits any more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+from starlette.requests import Request
+
+from bridle.modalities.clip import Clip, ClipError, WrongKindError
+from bridle.model_folder import CodeStream
+from serving.answers import MAX_NUMBERS
+from serving.batching import Array
+from serving.decoding import Window
+from serving.deployment import Deployment
+from serving.problems import ProblemError, clip_problem
+
+T = TypeVar("T")
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+@dataclass
+class Timings:
+    """Where a request's time went, summed over its windows, in seconds."""
+
+    queue: float = 0.0
+    model: float = 0.0
+    windows: int = 0
+    models: set[str] = field(default_factory=set)
+
+    def header(self) -> str:
+        """`Server-Timing`."""
+        return f"queue;dur={self.queue * 1000:.1f}, model;dur={self.model * 1000:.1f}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One window's answer, its padding cut.
+
+    values: ``[n, M]`` codes or ``[n, D]`` embeddings; grid: the window's own, cut.
+    """
+
+    deployment: Deployment
+    window: Window
+    values: Array
+    grid: dict[str, int]
+
+
+async def windows_of(
+    candidates: Sequence[Deployment], operation: str, data: bytes | bytearray, deadline: float, timings: Timings
+) -> AsyncGenerator[Result, None]:
+    """A file's answers window by window, from the first candidate that takes this kind of content.
+
+    Raises:
+        ClipError: the file is at fault. ProblemError: a process ended. TimeoutError: the deadline passed.
+    """
+    for index, deployment in enumerate(candidates):
+        began = False
+        grid = deployment.modality.grid
+        first = next(iter(grid))
+        per_step = deployment.positions // grid[first]
+        with deployment.used():
+            try:
+                async with contextlib.aclosing(deployment.results(operation, data, deadline)) as results:
+                    async for window, values, entry in results:
+                        began = True
+                        timings.queue += entry.queue_seconds
+                        timings.model += entry.model_seconds
+                        timings.windows += 1
+                        timings.models.add(deployment.name)
+                        valid = min(window.valid, grid[first])
+                        yield Result(deployment, window, values[: valid * per_step], {**grid, first: valid})
+                return
+            except WrongKindError:
+                if began or index == len(candidates) - 1:
+                    raise
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A whole file's answer: values ``[N, M]`` or ``[N, D]`` over `grid`."""
+
+    deployment: Deployment
+    values: Array
+    grid: dict[str, int]
+    duration_s: float | None
+
+
+async def whole(
+    candidates: Sequence[Deployment], operation: str, data: bytes | bytearray, deadline: float, timings: Timings
+) -> Stream:
+    """A whole file's answer, joined as `bridle tokenize` joins it.
+
+    Raises:
+        as `windows_of`; ProblemError: an answer too large to hold.
+    """
+    clips: list[Clip] = []
+    values: list[torch.Tensor] = []
+    numbers = 0
+    deployment = candidates[0]
+    async with contextlib.aclosing(windows_of(candidates, operation, data, deadline, timings)) as results:
+        async for result in results:
+            deployment = result.deployment
+            numbers += result.values.size
+            if numbers > MAX_NUMBERS:
+                raise ProblemError("too-large", f"the answer has more than {MAX_NUMBERS} numbers; ask for a pooled one")
+            window = result.window
+            clips.append(
+                Clip(torch.empty(0), result.grid, next(iter(result.grid.values())), window.start_s, window.duration_s)
+            )
+            values.append(torch.from_numpy(np.array(result.values)))
+    size = deployment.config.quantizer.codebook_size
+    joined = CodeStream.from_windows(deployment.config.modality, size, clips, values)
+    return Stream(deployment, joined.codes.numpy(), joined.grid, joined.duration_s)
+
+
+async def each_clip(work: Sequence[Awaitable[T]]) -> list[T]:
+    """Runs a request's clips beside each other; the first that fails ends all, and the problem says which it was.
+
+    Raises:
+        ProblemError: with `clip`, the index of the one at fault.
+    """
+
+    async def one(index: int, job: Awaitable[T]) -> T:
+        try:
+            return await job
+        except ClipError as error:
+            raise clip_problem(error, clip=index) from None
+        except TimeoutError:
+            raise deadline_problem() from None
+
+    if len(work) == 1:
+        return [await one(0, work[0])]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(index, job)) for index, job in enumerate(work)]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def while_wanted(request: Request, work: Awaitable[T], deadline: float) -> T:
+    """Awaits work until it is done, the deadline passes or the client hangs up; then the work is cancelled.
+
+    Raises:
+        ProblemError: the deadline passed. ClientGoneError: the client hung up.
+    """
+    job = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_hang_up(request))
+    try:
+        left = max(0.0, deadline - time.monotonic())
+        await asyncio.wait({job, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if job.done():
+            return job.result()
+        if gone.done():
+            raise ClientGoneError
+        raise deadline_problem()
+    finally:
+        for task in (job, gone):
+            task.cancel()
+        await asyncio.gather(job, gone, return_exceptions=True)
+
+
+async def _hang_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def deadline_problem() -> ProblemError:
+    """The request took longer than it may."""
+    return ProblemError(
+        "deadline", "the deadline passed; allow more time, send less, or try when it is quieter", retry_after=1
+    )
