@@ -21,13 +21,14 @@ HIDDEN, PADDING = (176, 176, 176), (96, 96, 96)
 CANDIDATES = 8
 """Samples looked at for each one shown."""
 FRAMES = 4
-"""Moments of a video that are shown."""
+"""Moments of a video that are shown, a GAP-th of their width apart."""
+GAP = 32
 Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture, uint8 ``[H, W, 3]``, a caption, and words for those who cannot see it."""
+    """A picture, uint8 ``[H, W, 3]`` (or 4, with alpha), a caption, and words for those who cannot see it."""
 
     pixels: Pixels
     caption: str
@@ -144,11 +145,15 @@ class _View:
         return values
 
     def _joined(self, pixels: NDArray[np.generic]) -> Pixels:
-        """A film's moments side by side; anything else as it is."""
+        """A film's moments side by side with transparent gaps; anything else as it is."""
         if not self.film:
             return pixels.astype(np.uint8)
         moments = np.linspace(0, len(pixels), min(FRAMES, len(pixels)), endpoint=False).astype(int)
-        return np.concatenate(list(pixels[moments]), axis=1).astype(np.uint8)
+        _, height, width, _ = pixels.shape
+        row = np.zeros((height, len(moments), width + max(1, width // GAP), 4), np.uint8)
+        row[:, :, :width, :3] = np.swapaxes(pixels[moments], 0, 1)
+        row[:, :, :width, 3] = 255
+        return row.reshape(height, -1, 4)[:, : row.shape[1] * row.shape[2] - (row.shape[2] - width)]
 
 
 def code_colours(codes: NDArray[np.int64]) -> Pixels:

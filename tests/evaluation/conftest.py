@@ -6,28 +6,36 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from evaluation_inputs import tone
 
-from bridle.config import load_recipe
+from bridle.config import recipe_from_mapping
 from bridle.modalities import build_modality
 from bridle.model_folder import patch_shape, save_model
 from bridle.modeling.bridle import Components
 
 ROOT = Path(__file__).parents[2]
-TINY = (
-    "clip.seconds=1.0", "model.encoder.depth=1", "model.decoder.depth=2", "model.quantizer.codebook_size=16",
-    "train.batch_size=4", "train.log_every=1", "train.evaluate_clips=8", "train.prometheus_port=0", "data.workers=0",
-    "phases.1.steps=3", "phases.2.steps=3", "phases.3.steps=2",
-    "phases.1.warmup_steps=1", "phases.2.warmup_steps=1", "phases.3.warmup_steps=1",
-)  # fmt: skip
+RECIPE = """
+modality: audio
+clip: {seconds: 1.0}
+model: {size: tiny, encoder: {depth: 1}, quantizer: {codebooks: 4, codebook_size: 64, dim: 32}}
+data: {shards: ["builtin:audio"], heldout: ["builtin:audio-heldout"], workers: 0, max_corrupt: 0.05}
+train: {batch_size: 4, log_every: 1, evaluate_clips: 8, prometheus_port: 0}
+phases:
+  - {kind: cold_start}
+  - {kind: encoder, steps: 3, warmup_steps: 1, lr: 1.0e-3}
+  - {kind: tokenizer, steps: 3, warmup_steps: 1, lr: 1.0e-3}
+  - {kind: encoder, steps: 2, warmup_steps: 1, lr: 1.0e-3}
+"""
 
 
-def write_random_model(folder: Path, recipe_name: str = "audio-mini", *overrides: str) -> Path:
-    """An untrained model of a recipe, its codebooks initialised on random latents."""
-    recipe = load_recipe(recipe_name, overrides)
+def write_random_model(folder: Path, **changes: Any) -> Path:
+    """An untrained model of RECIPE with other sections, its codebooks initialised on random latents."""
+    recipe = recipe_from_mapping({**yaml.safe_load(RECIPE), **changes}, "RECIPE")
     modality = build_modality(recipe.modality, recipe.clip)
     components = Components(recipe.model, patch_shape(modality))
     tokenizer = components.tokenizer(1)
@@ -44,23 +52,19 @@ def write_random_model(folder: Path, recipe_name: str = "audio-mini", *overrides
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained audio model of clips of a second: 4 codebooks of 64 codes."""
-    return write_random_model(tmp_path_factory.mktemp("models") / "tiny", "audio-mini", "clip.seconds=1.0")
+    return write_random_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished audio run of a few steps per phase. Not to be changed: copy it."""
+    recipe = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
+    recipe.write_text(RECIPE)
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    command = [
-        sys.executable,
-        "bridle/pretrain.py",
-        "--deepspeed_config",
-        "ds_configs/zero2.json",
-        "--run",
-        str(folder),
-    ]
+    command = [sys.executable, "bridle/pretrain.py", "--deepspeed_config", "ds_configs/zero2.json"]
+    command += ["--recipe", str(recipe), "--run", str(folder)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *TINY], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
