@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO ?= runs/demo
+MASTER_PORT ?= 29500
 DEMO_CLIP := $(DEMO)/clip.ogg
 PYTEST_ARGS ?=
 
@@ -25,7 +26,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 # PATH as in a shell with the environment active: the commands are then the ones that the README prints.
 demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: $(INSTALLED)
-	deepspeed --num_gpus 2 bridle/pretrain.py --deepspeed_config ds_configs/zero2.json --run $(DEMO)
+	deepspeed --num_gpus 2 --master_port $(MASTER_PORT) bridle/pretrain.py --deepspeed_config ds_configs/zero2.json --run $(DEMO)
 	bridle export $(DEMO) $(DEMO)/model
 	python examples/one_clip.py builtin:audio-heldout 12 $(DEMO_CLIP)
 	bridle tokenize $(DEMO)/model $(DEMO_CLIP)
