@@ -202,16 +202,21 @@ class ShardSet:
         return self._names[number], entry.key
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Tells the system which samples are read next, so that a disk fetches them all at once and in the background.
+        """Tells the system which samples are read soon, so that a disk fetches them all at once and in the background.
+
+        Shards that are not on this machine yet are passed over.
 
         Raises:
             ShardError: see `read`.
         """
-        self._expected = {i: self._entry(i) for i in numbers}
-        for number, entry in self._expected.values():
+        for i in numbers:
+            shard = bisect_right(self._ends, i)
+            if self.shards[shard].remote and shard not in self._open:
+                continue
+            self._expected[i] = _, entry = self._entry(i)
             offset, size = entry.members[self._extension(entry)]
             if HINTS:
-                os.posix_fadvise(self._opened(number)[0].fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self._opened(shard)[0].fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, i: int, *, meta: bool = True) -> Sample:
         """Sample `i` of 0 to len - 1; `meta` false leaves the small members unread.

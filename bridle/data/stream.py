@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -91,7 +93,22 @@ class Stream:
             raise ValueError(
                 f"no stream for batch {batch_size}, micro-batch {micro_batch_size}, rank {rank} of {world}"
             )
-        shares = _Shares(start, stop, batch_size, micro_batch_size, rank, world)
+        shares = _Shares(start, stop, batch_size, micro_batch_size, rank, world, workers)
+        try:
+            batches = self._start(shares, workers)
+            while (found := next(batches, None)) is not None:
+                if isinstance(found, ShardError):
+                    raise found
+                yield found
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ShardError(
+                f"a loader process died ({' '.join(str(error).split())[:200]}); out of memory or of shared memory? "
+                "Try fewer data.workers, or a larger /dev/shm (docker: --shm-size)"
+            ) from None
+
+    def _start(self, shares: _Shares, workers: int) -> Iterator[Any]:
         # Its own generator: else every stream would move torch's global one.
         loader: Any = DataLoader(
             _Positions(self),
@@ -101,35 +118,35 @@ class Stream:
             collate_fn=_same,
             generator=torch.Generator(),
         )
+        handler = signal.getsignal(signal.SIGCHLD)
         batches = iter(loader)
-        while True:
-            try:
-                found = next(batches, None)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise ShardError(
-                    f"a loader process died ({' '.join(str(error).split())[:200]}); out of memory or of shared memory? "
-                    "Try fewer data.workers, or a larger /dev/shm (docker: --shm-size)"
-                ) from None
-            if found is None:
-                return
-            if isinstance(found, ShardError):
-                raise found
-            yield found
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            # torch's handler would raise a worker's death in the middle of whatever this process does just then.
+            # Without it the death shows where the next micro-batch is awaited.
+            signal.signal(signal.SIGCHLD, handler)
+        return batches
 
 
 def _same(found: Any) -> Any:
     return found
 
 
-class _Shares(Sampler[range]):
-    """Runs of positions, one for each micro-batch of a rank."""
+class _Shares(Sampler[tuple[range, range]]):
+    """Runs of positions, one for each micro-batch of a rank, each with the run that the same worker gets next."""
 
-    def __init__(self, start: int, stop: int | None, batch: int, micro: int, rank: int, world: int) -> None:
+    def __init__(
+        self, start: int, stop: int | None, batch: int, micro: int, rank: int, world: int, workers: int
+    ) -> None:
         self.start, self.stop, self.batch, self.micro, self.rank, self.world = start, stop, batch, micro, rank, world
+        self.workers = max(1, workers)
 
-    def __iter__(self) -> Iterator[range]:
+    def __iter__(self) -> Iterator[tuple[range, range]]:
+        now, ahead = itertools.tee(self._runs())
+        return zip(
+            now, itertools.chain(itertools.islice(ahead, self.workers, None), itertools.repeat(range(0))), strict=False
+        )
+
+    def _runs(self) -> Iterator[range]:
         first = self.start
         while self.stop is None or first < self.stop:
             end = first + self.batch if self.stop is None else min(first + self.batch, self.stop)
@@ -141,20 +158,22 @@ class _Shares(Sampler[range]):
 
 
 class _Positions(Dataset[Any]):
-    """From a run of positions to a micro-batch; lives in the worker processes."""
+    """From a run of positions to a micro-batch; lives in the worker processes. The second run is what comes next."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
+        self.remote = stream.shards.remote_bytes > 0
         self.prefetcher: _Prefetcher | None = None
 
-    def __getitem__(self, positions: range) -> MicroBatch | ShardError:
+    def __getitem__(self, shares: tuple[range, range]) -> MicroBatch | ShardError:
         """A ShardError is handed over as a value, since the loader would bury it under a traceback."""
-        if self.stream.shards.remote_bytes:
+        positions, ahead = shares
+        if self.remote:
             self.prefetcher = self.prefetcher or _Prefetcher(self.stream.shards)
             self.prefetcher.want(self.stream.order.upcoming_shards(positions[0]))
         corrupt: list[Corrupt] = []
         try:
-            self.stream.shards.expect([self.stream.order.locate(position)[1] for position in positions])
+            self.stream.shards.expect([self.stream.order.locate(position)[1] for position in ahead])
             made = [self._make(position, corrupt) for position in positions]
         except ShardError as error:
             return ShardError(str(error))
