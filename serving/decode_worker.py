@@ -32,7 +32,7 @@ PICTURE_HEIGHT = 160
 
 def main(sock: socket.socket) -> None:
     """Serves jobs until the service is gone. The first message is the configuration."""
-    settle_in()
+    settle_in("bridle-decode")
     memory = attach(receive_file(sock))
     config, _ = wire.receive(sock)
     os.chdir("/")

@@ -97,10 +97,9 @@ class DecodePool:
         Raises:
             ClipError: the file is at fault. ProblemError: the process ended through no fault of the file.
         """
-        slot = await self._arena.acquire()
-        granted = {slot}
+        granted: set[int] = set()
         began = time.perf_counter()
-        job = self._job({"op": "windows", "slot": slot}, data, granted)
+        job = self._job("windows", data, granted)
         try:
             async for header, _ in job:
                 found = header.get("slot")
@@ -121,21 +120,26 @@ class DecodePool:
             ClipError, ProblemError: see `windows`.
         """
         answer: tuple[dict[str, Any], bytes] | None = None
-        async with contextlib.aclosing(self._job({"op": "picture"}, data, set(), last=True)) as job:
+        async with contextlib.aclosing(self._job("picture", data, set())) as job:
             async for message in job:
                 answer = message
         assert answer is not None
         return answer
 
-    async def _job(
-        self, header: dict[str, Any], data: bytes | bytearray, granted: set[int], last: bool = False
-    ) -> AsyncGenerator[Any, None]:
-        """Runs one job; yields its messages, the last one too if asked. Slots left in `granted` go back afterwards."""
+    async def _job(self, operation: str, data: bytes | bytearray, granted: set[int]) -> AsyncGenerator[Any, None]:
+        """Runs one job and yields its messages. Slots left in `granted` go back afterwards.
+
+        A job asks for slots only once it has a process: those who wait in line must not hold what others need to end.
+        """
         self.active += 1
         worker: _Worker | None = None
         settled = False
         try:
-            worker = await self._idle.get()
+            worker = await self._take()
+            header: dict[str, Any] = {"op": operation}
+            if operation == "windows":
+                granted.add(slot := await self._arena.acquire())
+                header["slot"] = slot
             await worker.child.channel.send(header, data)
             while True:
                 message, payload = await worker.receive()
@@ -147,7 +151,7 @@ class DecodePool:
                     raise _clip_error(message)
                 elif "done" in message:
                     settled = True
-                    if last:
+                    if operation == "picture":
                         yield message, payload
                     return
                 else:
@@ -165,6 +169,14 @@ class DecodePool:
                     self._idle.put_nowait(worker)
             else:
                 self._spawn(self._settle(worker, granted))
+
+    async def _take(self) -> _Worker:
+        """An idle process that is alive; one that somebody has ended meanwhile is replaced."""
+        while True:
+            worker = await self._idle.get()
+            if not worker.reader.done():
+                return worker
+            await self._replace(worker)
 
     async def _settle(self, worker: _Worker, granted: set[int]) -> None:
         """Ends a job that nobody waits for any more; its slots are free only when the process has let go of them."""

@@ -19,7 +19,7 @@ from serving.processes import receive_file, settle_in
 
 def main(sock: socket.socket) -> None:
     """Loads, warms up, then serves batches until the service is gone. The first message is the configuration."""
-    settle_in()
+    settle_in("bridle-model")
     memory = attach(receive_file(sock))
     config, _ = wire.receive(sock)
     try:

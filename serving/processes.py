@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import re
@@ -20,6 +21,7 @@ from serving.wire import Channel
 START_SECONDS = 300.0
 """Time for a process to start and warm up."""
 
+_PR_SET_NAME = 15
 _CONTEXT = multiprocessing.get_context("forkserver")
 _SECRET = re.compile(r"^(BRIDLE|OTEL)_|KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
@@ -125,8 +127,10 @@ def receive_file(sock: socket.socket) -> int:
     return fds[0]
 
 
-def settle_in() -> None:
-    """In the child: a session of its own, so that a Ctrl-C or a signal to the service's group does not reach it."""
+def settle_in(name: str) -> None:
+    """In the child: a name to be seen by, and a session of its own, so that a Ctrl-C or a signal to the service's
+    group does not reach it."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

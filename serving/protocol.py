@@ -29,13 +29,14 @@ def bounded_protocol(max_connections: int, header_timeout: float) -> type[HttpTo
 
         def data_received(self, data: bytes) -> None:
             if self._head_timer is not None:
-                self._head_bytes += len(data)
-                if self._head_bytes > MAX_HEADERS and self.scope is None:
+                room = MAX_HEADERS - self._head_bytes
+                self._head_bytes += min(len(data), room)
+                super().data_received(data[:room])  # what follows may be a body, once the headers are complete
+                data = data[room:]
+                if self._head_timer is not None and self._head_bytes >= MAX_HEADERS:
                     self._refuse()
-                    return
-            super().data_received(data)
-            if self._head_timer is not None and self._head_bytes > MAX_HEADERS and not self.transport.is_closing():
-                self._refuse()
+            if data and not self.transport.is_closing():
+                super().data_received(data)
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
