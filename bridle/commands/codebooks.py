@@ -43,7 +43,12 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     shards = open_shards(args.shards, extensions=model.modality.extensions)
     loader = DataLoader(Windows(shards, model.modality), batch_size=None, num_workers=args.workers)
-    usage = measure(model, _with_progress(loader, len(shards)))
+    try:
+        usage = measure(model, _with_progress(loader, len(shards)))
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError("a decoding process died, out of memory most likely; try again with --workers 0") from None
     norms = code_norms(model)
     rows = figures(usage, norms)
     print(_table(rows))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -33,21 +33,27 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: values over optimizer steps; heldout: drawn as points; reference: a dashed level."""
+    """One curve: values over optimizer steps.
+
+    kind: `training` is a line, `heldout` points, `level` a dashed line in the text's colour, `baseline` a dotted one.
+    """
 
     label: str
     steps: Sequence[float]
     values: Sequence[float]
     colour: int = 0
-    heldout: bool = False
-    reference: bool = False
+    kind: Literal["training", "heldout", "baseline", "level"] = "training"
 
     @property
     def style(self) -> dict[str, Any]:
         """What matplotlib is told beyond the colour."""
-        if self.reference:
-            return {"color": TEXT, "linestyle": (0, (4, 3)), "linewidth": 0.9}
-        return {"marker": "o", "markersize": 3.5, "linestyle": ""} if self.heldout else {}
+        alone = {"marker": "_", "markersize": 8} if len(self.steps) == 1 else {}
+        return {
+            "training": alone,
+            "heldout": {"marker": "o", "markersize": 3.5, "linestyle": ""},
+            "baseline": {"linestyle": (0, (1, 2)), "linewidth": 1.1, **alone},
+            "level": {"color": TEXT, "linestyle": (0, (4, 3)), "linewidth": 0.9},
+        }[self.kind]
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Panel:
 
 def level(label: str, value: float, steps: Sequence[float]) -> Line:
     """A dashed horizontal line over the steps given."""
-    return Line(label, [min(steps), max(steps)], [value, value], reference=True)
+    return Line(label, [min(steps), max(steps)], [value, value], kind="level")
 
 
 def series(
@@ -95,8 +101,7 @@ def draw(panels: Sequence[Panel], description: str) -> str:
 
 def _draw_panel(panel: Panel, axes: Axes) -> None:
     for line in panel.lines:
-        alone = {"marker": "_", "markersize": 8} if len(line.steps) == 1 else {}
-        axes.plot(line.steps, line.values, **{"color": COLOURS[line.colour % len(COLOURS)], **alone, **line.style})
+        axes.plot(line.steps, line.values, **{"color": COLOURS[line.colour % len(COLOURS)], **line.style})
     axes.set_title(panel.title)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(panel.unit)
@@ -107,10 +112,11 @@ def _draw_panel(panel: Panel, axes: Axes) -> None:
 
 
 def _draw_legend(lines: Sequence[Line], figure: Figure) -> None:
-    """One for all panels, curves first; held-out points in the text's colour, since they come in every curve's."""
+    """One for all panels; what comes in every curve's colour is shown in the text's."""
     handles = {}
-    for line in sorted(lines, key=lambda line: (line.reference, line.heldout)):
-        colour = TEXT if line.heldout or line.reference else COLOURS[line.colour % len(COLOURS)]
+    order = ("training", "heldout", "baseline", "level")
+    for line in sorted(lines, key=lambda line: order.index(line.kind)):
+        colour = COLOURS[line.colour % len(COLOURS)] if line.kind == "training" else TEXT
         handles[line.label] = Line2D([], [], **{"color": colour, **line.style})
     if len(handles) > 1:
         figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=8)

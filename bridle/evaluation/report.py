@@ -149,17 +149,27 @@ def _facts(run: RunFolder) -> str:
 def _phase_table(run: RunFolder) -> str:
     if not run.phases:
         return ""
-    head = ("", "steps", "loss", "held-out loss", "held-out accuracy", "held-out cosine", "least codebook usage")
+    head = (
+        "",
+        "steps",
+        "loss",
+        "held-out loss",
+        "held-out accuracy",
+        "most frequent code",
+        "held-out cosine",
+        "least codebook usage",
+    )
     lines = [f"<tr>{''.join(f'<th>{text}</th>' for text in head)}</tr>"]
     for phase in run.phases:
         heldout = phase.heldout[-1] if phase.heldout else {}
         newest = (phase.train or phase.heldout)[-1]
         steps = f"{_last_step(phase)} of {phase.settings.steps}" if phase.settings.steps else str(_last_step(phase))
-        accuracy = heldout.get("accuracy")
+        accuracy, majority = heldout.get("accuracy"), heldout.get("codebook_majority")
         cells = [
             escape(phase.name), steps, f"{newest['loss']:.3f}",
             f"{heldout['loss']:.3f}" if heldout else "–",
             f"{np.mean(accuracy):.3f}" if accuracy else "–",
+            f"{np.mean(majority):.3f}" if accuracy and majority else "–",
             f"{heldout['cosine']:.3f}" if "cosine" in heldout else "–",
             f"{100 * min(newest['codebook_usage']):.0f} %",
         ]  # fmt: skip

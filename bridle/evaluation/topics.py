@@ -17,7 +17,10 @@ LOSS = (
     "Encoder phases: cross-entropy summed over codebooks (Eq. 4), in nats; a uniform guess among {size} codes costs"
     " {guess:.2f}. Tokenizer phases: commitment and cosine loss (Eqs. 5 to 7)."
 )
-ACCURACY = "Share of hidden patches whose code is predicted, per codebook; chance is 1/{size} = {chance:.4f}."
+ACCURACY = (
+    "Share of hidden patches whose code is predicted, per codebook. Chance is 1/{size} = {chance:.4f}; always naming"
+    " the most frequent code scores the dotted line of the same colour."
+)
 COSINE = "Between what the estimator makes of the quantized latents and the encoder's embeddings (Eq. 6)."
 ERROR = "Squared norm of what each codebook leaves of a latent of norm 1 (Eq. 2)."
 USAGE = (
@@ -49,7 +52,8 @@ def charts(run: RunFolder) -> list[Chart]:
         for phase, panel in zip(run.phases, _panels(run.phases, "loss", _one("loss"), (0, None)), strict=True)
     ]
     accuracies = [
-        _with_level(panel, "chance", chance) for panel in _panels(encoders, "share predicted", accuracy, (0, 1))
+        _with_level(_with_majority(panel, phase, stages), "chance", chance)
+        for phase, panel in zip(encoders, _panels(encoders, "share predicted", accuracy, (0, 1)), strict=True)
     ]
     found = [
         ("Loss", LOSS.format(size=size, guess=guess), losses),
@@ -86,11 +90,18 @@ def _panels(phases: Sequence[PhaseRows], unit: str, curves: Curves, bounds: Boun
 def _lines(phase: PhaseRows, curves: Curves) -> list[Line]:
     lines = []
     for colour, (label, value) in enumerate(curves):
-        for rows, heldout in ((phase.train, False), (phase.heldout, True)):
-            steps, numbers = series(rows, value)
-            if steps:
-                lines.append(Line("held out" if heldout else label, steps, numbers, colour, heldout))
-    return lines
+        lines.append(Line(label, *series(phase.train, value), colour))
+        lines.append(Line("held out", *series(phase.heldout, value), colour, "heldout"))
+    return [line for line in lines if line.steps]
+
+
+def _with_majority(panel: Panel, phase: PhaseRows, stages: range) -> Panel:
+    """Adds how often the most frequent code occurs: what always naming it would score."""
+    lines = [
+        Line("most frequent code", *series(phase.train, value), colour, "baseline")
+        for colour, (_, value) in enumerate(_each("codebook_majority", stages))
+    ]
+    return replace(panel, lines=[*panel.lines, *(line for line in lines if line.steps)])
 
 
 def _with_level(panel: Panel, label: str, value: float) -> Panel:
