@@ -1,31 +1,38 @@
 """Samples per second and core of the whole clip path, against the bare decoder library on the same files in one run.
 
-    python benchmarks/decode.py [--rounds 7] [audio ...]
+    python benchmarks/decode.py [--rounds 7] [audio] [image] [video]
 
 The whole path is `Modality.training_clip`: limits, checks, decoding, augmentation, features, padding, normalisation.
 Two alternatives stand beside it: `same work`, what one writes straight on the libraries for the same tensor without any
-check, and `decode only`, the decoder with nothing after it. Rates are medians of rounds in CPU time, one thread.
+check, and `decode only`, the decoder with nothing after it. Rates are medians of rounds in CPU time, one thread; the
+CPU time of a decoding child process counts too.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import statistics
 import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 import av
+import decord
 import numpy as np
 import soundfile
 import soxr
 import torch
+from PIL import Image
 from torchaudio.compliance import kaldi
+from torchvision.transforms import InterpolationMode, v2
 
 from bridle.modalities import build_modality
+from bridle.modalities.clip import Modality
 
 
 @dataclass(frozen=True)
@@ -123,14 +130,127 @@ def _encode(sound: np.ndarray, format_name: str, rate: int = 44_100) -> bytes:
     return target.getvalue()
 
 
-CASES: dict[str, Callable[[], Iterator[Case]]] = {"audio": audio_cases}
+def image_cases() -> Iterator[Case]:
+    """Sheets of the shipped photographs at usual sizes, as JPEG and WebP; and the pictures as they are."""
+    modality = build_modality("image", {})
+    members = _members("image-train-0000.tar")
+    shipped = [data for name, data in members.items() if name.endswith((".jpg", ".png", ".webp"))]
+    augment = v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.RandomResizedCrop(224, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(modality.settings.mean, modality.settings.std),
+        ]
+    )
+
+    def whole_path(data: bytes) -> object:
+        return modality.training_clip(data, np.random.default_rng(len(data)))
+
+    def decode_only(data: bytes) -> Image.Image:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+
+    sheet = Image.new("RGB", (1600, 1200))
+    for place, data in enumerate(shipped[:48]):
+        sheet.paste(decode_only(data).resize((200, 200)), (place % 8 * 200, place // 8 * 200))
+    for width, height, kind in ((500, 375, "jpeg"), (500, 375, "webp"), (1280, 960, "jpeg"), (4000, 3000, "jpeg")):
+        buffer = io.BytesIO()
+        sheet.resize((width, height), Image.Resampling.BICUBIC).save(buffer, kind, quality=90)
+        files = [buffer.getvalue() + bytes(n) for n in range(4 if width > 2000 else 24)]  # the length seeds the crop
+        name = f"image, {width}x{height} {kind}"
+        yield Case(name, files, whole_path, lambda data: augment(decode_only(data)), decode_only)
+    yield Case("image, shipped", shipped[:60], whole_path, lambda data: augment(decode_only(data)), decode_only)
+
+
+def video_cases() -> Iterator[Case]:
+    """Ten seconds of a moving sheet at two sizes, and the shipped videos: 16 frames at stride 4 from a random start."""
+    shipped = [data for name, data in _members("video-train-0000.tar").items() if name.endswith(".mp4")][:24]
+    films = [(f"{width}x{height}", [_film(width, height, shift) for shift in range(3)]) for width, height in SIZES]
+    for name, files in [*films, ("shipped", shipped)]:
+        for decoder, isolate in (("pyav", True), ("pyav", False), ("decord", False)):
+            modality = build_modality("video", {"decoder": decoder, "isolate": isolate})
+
+            def whole_path(data: bytes, modality: Modality = modality) -> object:
+                return modality.training_clip(data, np.random.default_rng(len(data)))
+
+            bare = _pyav_frames if decoder == "pyav" else _decord_frames
+            label = f"video, {name} {decoder}{', child' if isolate else ''}"
+            yield Case(label, files, whole_path, lambda data, bare=bare: _plain_video_clip(bare(data)), bare)
+
+
+SIZES = ((340, 256), (1280, 720))
+
+
+def _wanted(frames: int, data: bytes) -> list[int]:
+    """The frames that `Video.training_clip` takes with the generator above."""
+    first = int(np.random.default_rng(len(data)).random() * max(1, frames - 60))
+    return [index for index in range(first, first + 61, 4) if index < frames]
+
+
+def _pyav_frames(data: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        wanted = _wanted(stream.frames, data)
+        container.seek(int(wanted[0] / stream.average_rate / stream.time_base), stream=stream)
+        found = []
+        for frame in container.decode(stream):
+            index = round(frame.time * stream.average_rate)
+            if index in wanted:
+                found.append(frame.to_ndarray(format="rgb24"))
+            if index >= wanted[-1]:
+                return np.stack(found)
+    raise ValueError("the video ended early")
+
+
+def _decord_frames(data: bytes) -> np.ndarray:
+    reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
+    return reader.get_batch(_wanted(len(reader), data)).asnumpy()
+
+
+def _plain_video_clip(frames: np.ndarray) -> torch.Tensor:
+    side = min(frames.shape[1:3])
+    pixels = torch.from_numpy(frames[:, :side, :side]).permute(0, 3, 1, 2)
+    pixels = v2.functional.resize(pixels, [224, 224], antialias=True)
+    return v2.functional.normalize(pixels.float() / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def _film(width: int, height: int, shift: int, frames: int = 250) -> bytes:
+    pictures = [
+        Image.open(io.BytesIO(data)).convert("RGB") for data in list(_members("image-train-0000.tar").values())[:24]
+    ]
+    canvas = Image.new("RGB", (width * 2, height * 2))
+    for place in range(64):
+        tile = pictures[(place + shift) % len(pictures)].resize((width // 4, height // 4))
+        canvas.paste(tile, (place % 8 * (width // 4), place // 8 * (height // 4)))
+    sheet, buffer = np.asarray(canvas), io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as output:
+        stream = output.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(frames):
+            top, left = number * height // frames, int((1 + np.sin(number / 20)) * width / 2)
+            part = np.ascontiguousarray(sheet[top : top + height, left : left + width])
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(part, format="rgb24")))
+        output.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+CASES: dict[str, Callable[[], Iterator[Case]]] = {"audio": audio_cases, "image": image_cases, "video": video_cases}
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of the children it has now (Linux's schedstat counts nanoseconds on a processor)."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()
+    others = sum(int(Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()[0]) for pid in children)
+    return time.process_time() + others / 1e9
 
 
 def _rate(path: Callable[[bytes], object], files: list[bytes]) -> float:
-    start = time.process_time()
+    start = _cpu_seconds()
     for data in files:
         path(data)
-    return len(files) / (time.process_time() - start)
+    return len(files) / (_cpu_seconds() - start)
 
 
 def measure(case: Case, rounds: int) -> str:
@@ -141,7 +261,7 @@ def measure(case: Case, rounds: int) -> str:
     table = [[_rate(path, case.files) for path in paths] for _ in range(rounds)]
     whole, same, bare = (statistics.median(column) for column in zip(*table, strict=True))
     to_same, to_bare = (statistics.median(row[0] / row[i] for row in table) for i in (1, 2))
-    return f"{case.name:<22}{whole:>14.0f}{same:>14.0f}{bare:>14.0f}{to_same:>14.2f}{to_bare:>14.2f}"
+    return f"{case.name:<30}{whole:>14.0f}{same:>14.0f}{bare:>14.0f}{to_same:>14.2f}{to_bare:>14.2f}"
 
 
 def main() -> None:
@@ -154,7 +274,7 @@ def main() -> None:
         parser.error(f"unknown modality {', '.join(sorted(unknown))}; known: {', '.join(CASES)}")
     torch.set_num_threads(1)
     heads = ("whole path", "same work", "decode only", "whole/same", "whole/decode")
-    print(f"{'samples/s per core':<22}" + "".join(f"{head:>14}" for head in heads))
+    print(f"{'samples/s per core':<30}" + "".join(f"{head:>14}" for head in heads))
     for name in arguments.modalities or CASES:
         for case in CASES[name]():
             print(measure(case, arguments.rounds), flush=True)

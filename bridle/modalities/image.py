@@ -231,7 +231,7 @@ def normalise(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, .
     shape = (-1,) + (1,) * (pixels.dim() - 1)
     scale = 1 / (255 * torch.tensor(std, dtype=torch.float32))
     shift = -torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)
-    values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    values = pixels.contiguous().to(torch.float32)
     return values.mul_(scale.view(shape)).add_(shift.view(shape))
 
 

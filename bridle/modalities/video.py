@@ -122,8 +122,7 @@ class Video:
 
     def _clips(self, data: bytes, draws: Draws | None) -> Iterator[Clip]:
         for header, pixels in self._answers(data, draws):
-            frames = torch.from_numpy(np.ascontiguousarray(pixels)).permute(3, 0, 1, 2)  # uint8 [3, T, H, W]
-            values = normalise(frames, self.settings.mean, self.settings.std)
+            values = normalise(torch.from_numpy(pixels), self.settings.mean, self.settings.std)
             yield Clip(values=values, grid=self.grid, **header)
 
     def _answers(self, data: bytes, draws: Draws | None) -> Iterator[tuple[dict[str, Any], np.ndarray]]:

@@ -52,7 +52,8 @@ class Cropper:
     """Cuts a box out of a frame and scales it to `size` (height, width): the largest centred one, or the drawn one.
 
     FFmpeg's filters do it: the crop only moves pointers, and one pass scales (bilinear, widened where it shrinks, so
-    antialiased) and converts to RGB. The frame is turned upright by the container's display matrix.
+    antialiased) and converts to planes of colour (faster than to interleaved RGB, and what a model takes). The frame is
+    turned upright by the container's display matrix.
     """
 
     def __init__(self, size: tuple[int, int], draws: Draws | None = None) -> None:
@@ -61,14 +62,17 @@ class Cropper:
         self._shape: tuple[Any, ...] = ()
 
     def __call__(self, frame: Any) -> np.ndarray:
-        """uint8 [H, W, 3] of an `av.VideoFrame`."""
+        """uint8 [3, H, W], red first, of an `av.VideoFrame`."""
         turns = round(frame.rotation / 90) % 4
         shape = (frame.width, frame.height, frame.format.name, turns % 2, frame.colorspace, frame.color_range)
         if shape != self._shape:  # a stream may change its size
             self._graph, self._shape = self._build(frame, sideways=turns % 2 == 1), shape
         self._graph.push(frame)
-        pixels = np.rot90(self._graph.pull().to_ndarray(), turns)
-        return pixels[:, ::-1] if self.draws and self.draws.flip else pixels
+        scaled = self._graph.pull()
+        planes = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in scaled.planes]
+        green, blue, red = (plane[: scaled.height, : scaled.width] for plane in planes)
+        pixels = np.rot90(np.stack([red, green, blue]), turns, axes=(1, 2))
+        return pixels[..., ::-1] if self.draws and self.draws.flip else pixels
 
     def _build(self, frame: Any, *, sideways: bool) -> Any:
         height, width = self.size[::-1] if sideways else self.size
@@ -84,7 +88,7 @@ class Cropper:
             ),
             graph.add("crop", f"{w}:{h}:{left}:{top}:exact=1"),
             graph.add("scale", f"{width}:{height}:flags=bilinear"),
-            graph.add("format", "rgb24"),
+            graph.add("format", "gbrp"),
             graph.add("buffersink"),
         ]
         graph.link_nodes(*nodes).configure()

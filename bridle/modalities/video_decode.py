@@ -53,7 +53,7 @@ def answers(data: bytes, request: Mapping[str, Any]) -> Iterator[tuple[dict[str,
     """The clips a `Request` (as plain data) asks for.
 
     Yields:
-        ``{"valid", "start_s", "duration_s"}`` and uint8 ``[T, H, W, 3]``.
+        ``{"valid", "start_s", "duration_s"}`` and uint8 ``[3, T, H, W]``.
 
     Raises:
         UndecodableError, WrongKindError, TooLargeError
@@ -313,10 +313,10 @@ def _windows(source: Source, wanted: Request) -> Iterator[tuple[dict[str, Any], 
 
 
 def _answer(pixels: list[Any], wanted: Request, start: float, end: float) -> tuple[dict[str, Any], np.ndarray]:
-    """Frames [H, W, 3] as one array [T, H, W, 3], the last one repeated where there are too few."""
+    """Frames [3, H, W] as one array [3, T, H, W], the last one repeated where there are too few."""
     valid = -(-len(pixels) // wanted.tubelet)
     pixels = pixels + [pixels[-1]] * (wanted.frames - len(pixels))
-    return {"valid": valid, "start_s": start, "duration_s": max(0.0, end - start)}, np.stack(pixels)
+    return {"valid": valid, "start_s": start, "duration_s": max(0.0, end - start)}, np.stack(pixels, axis=1)
 
 
 def _shown(packet: Any, codec: str) -> bool:
