@@ -9,7 +9,7 @@ DEMO_CLIP := $(DEMO)/clip.ogg
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint clean lock
+.PHONY: setup demo test lint ruff format-check types clean lock
 
 setup: $(INSTALLED)
 
@@ -40,9 +40,15 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(INSTALLED)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+lint: ruff format-check types
+
+ruff: $(INSTALLED)
+	$(BIN)/ruff check --output-format concise .
+
+format-check: $(INSTALLED)
+	$(BIN)/ruff format --check --output-format concise .
+
+types: $(INSTALLED)
 	$(BIN)/mypy
 
 # Leaves runs/ alone: that is somebody's work.
