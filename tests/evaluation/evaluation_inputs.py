@@ -1,4 +1,4 @@
-"""Sounds and shards made on the spot."""
+"""Sounds, shards and untrained models made on the spot, and the recipe of a run of seconds."""
 
 from __future__ import annotations
 
@@ -6,9 +6,46 @@ import io
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
+import torch
+import yaml
+
+from bridle.config import recipe_from_mapping
+from bridle.modalities import build_modality
+from bridle.model_folder import patch_shape, save_model
+from bridle.modeling.bridle import Components
+
+RECIPE = """
+modality: audio
+clip: {seconds: 1.0}
+model: {size: tiny, encoder: {depth: 1}, quantizer: {codebooks: 4, codebook_size: 64, dim: 32}}
+data: {shards: ["builtin:audio"], heldout: ["builtin:audio-heldout"], workers: 0, max_corrupt: 0.05}
+train: {batch_size: 4, log_every: 1, evaluate_clips: 8, prometheus_port: 0}
+phases:
+  - {kind: cold_start}
+  - {kind: encoder, steps: 3, warmup_steps: 1, lr: 1.0e-3}
+  - {kind: tokenizer, steps: 3, warmup_steps: 1, lr: 1.0e-3}
+  - {kind: encoder, steps: 2, warmup_steps: 1, lr: 1.0e-3}
+"""
+
+
+def write_random_model(folder: Path, **changes: Any) -> Path:
+    """An untrained model of RECIPE with other sections, its codebooks initialised on random latents."""
+    recipe = recipe_from_mapping({**yaml.safe_load(RECIPE), **changes}, "RECIPE")
+    modality = build_modality(recipe.modality, recipe.clip)
+    components = Components(recipe.model, patch_shape(modality))
+    tokenizer = components.tokenizer(1)
+    generator = torch.Generator().manual_seed(0)
+    tokenizer.quantizer.initialize(torch.randn(2048, recipe.model.quantizer.dim, generator=generator), generator)
+    save_model(
+        folder, name="tiny", modality=recipe.modality, clip=modality.settings.model_dump(mode="json"),
+        encoder_settings=recipe.model.encoder, quantizer_settings=recipe.model.quantizer,
+        encoder=components.encoder(0).state_dict(), tokenizer=tokenizer.state_dict(), learned=True, trained={},
+    )  # fmt: skip
+    return folder
 
 
 def tone(seconds: float, format: str = "WAV") -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_random_model
+from evaluation_inputs import write_random_model
 
 import bridle
 from bridle.config import MaskSettings
