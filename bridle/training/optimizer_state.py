@@ -49,9 +49,8 @@ def create_state(engine: Any) -> None:
     groups to the parameters after the first, when those of the second are not there yet.
     """
     inner = _inner(engine)
-    for group in inner.param_groups:
-        for flat in group["params"]:
-            inner.state[flat] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(flat) for key in MOMENTS}}
+    for flat in _flat_partitions(engine):
+        inner.state[flat] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(flat) for key in MOMENTS}}
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
         link()
@@ -71,6 +70,14 @@ def _inner(engine: Any) -> torch.optim.Optimizer:
     """torch's optimizer, which ZeRO's wraps."""
     optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return optimizer
+
+
+def _flat_partitions(engine: Any) -> list[Tensor]:
+    """What torch's optimizer keeps state of: ZeRO's flat float32 partitions, or the parameters themselves."""
+    partitions = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # stage 3
+    if partitions is not None:
+        return list(partitions)
+    return [flat for group in _inner(engine).param_groups for flat in group["params"]]
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
