@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import io
-import resource
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from encoded_video import encode_video, frame_picture
 from PIL import Image
 
-from bridle.modalities import build_modality
+from bridle.modalities import build_modality, isolation
 from bridle.modalities.clip import ClipError, Limits, Modality
 
 X265 = {"x265-params": "keyint=12:bframes=3:log-level=none"}
@@ -87,6 +88,12 @@ def outcomes(modality: Modality, files: Iterable[bytes]) -> tuple[Counter[str], 
     return found, longest
 
 
+def peak_mb(pid: int) -> int:
+    """The most memory the process ever held."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=500)
@@ -94,9 +101,12 @@ def main() -> None:
     arguments = parser.parse_args()
     for kind in (*PICTURES, *VIDEOS):
         found, longest = outcomes(modality_for(kind), mutants(original(kind), arguments.count, arguments.seed))
-        whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        mine, childs = (resource.getrusage(who).ru_maxrss // 1024 for who in whose)
-        print(f"{kind:5} longest {longest:5.2f} s, peak {mine} MB here, {childs} MB in an ended child, {dict(found)}")
+        childs = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()
+        peaks = ", ".join(f"{peak_mb(int(pid))} MB in the child" for pid in childs)
+        print(
+            f"{kind:5} longest {longest:5.2f} s, peak {peak_mb(os.getpid())} MB here {peaks} {dict(found)}", flush=True
+        )
+        isolation.close_idle()
 
 
 if __name__ == "__main__":
