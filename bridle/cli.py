@@ -25,7 +25,8 @@ def report_mistakes(program: str, job: Callable[[], int]) -> int:
     try:
         return job()
     except RecipeError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # every rank finds the same mistake
+            print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at exit

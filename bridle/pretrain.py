@@ -47,7 +47,7 @@ def pretrain(args: argparse.Namespace) -> int:
     """Builds the run and runs it."""
     from bridle.config import load_recipe
     from bridle.training.engine import read_ds_config
-    from bridle.training.loop import StopRequested
+    from bridle.training.loop import StoppedBySignalError
     from bridle.training.ranks import join, leave
     from bridle.training.run import PretrainingRun
 
@@ -58,7 +58,14 @@ def pretrain(args: argparse.Namespace) -> int:
     try:
         run = PretrainingRun(recipe, ds_config, args.deepspeed_config, folder, ranks)
         run.run()
-    except StopRequested:
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
+            raise
+        raise OSError(
+            "lost another rank, which stopped or was killed; what it printed says why."
+            " Start the same command again to go on from the last checkpoint"
+        ) from error
+    except StoppedBySignalError:
         if ranks.first:
             print(f"stopped after a checkpoint; the same command goes on from there ({folder})")
     else:

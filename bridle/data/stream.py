@@ -100,8 +100,8 @@ class Stream:
                 if isinstance(found, ShardError):
                     raise found
                 yield found
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not _means_dead_worker(error, workers):
                 raise
             raise ShardError(
                 f"a loader process died ({' '.join(str(error).split())[:200]}); out of memory or of shared memory? "
@@ -116,6 +116,7 @@ class Stream:
             sampler=shares,
             num_workers=workers,
             collate_fn=_same,
+            worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),
         )
         handler = signal.getsignal(signal.SIGCHLD)
@@ -125,6 +126,22 @@ class Stream:
             # Without it the death shows where the next micro-batch is awaited.
             signal.signal(signal.SIGCHLD, handler)
         return batches
+
+
+def _means_dead_worker(error: Exception, workers: int) -> bool:
+    """torch notices it, or the dead one's tensors cannot be fetched. What `make` raised in a worker is told apart."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker (pid" in str(error)
+    return workers > 0 and "in DataLoader worker process" not in str(error)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """The launcher and a terminal signal the whole process group; a checkpoint needs the loaders a little longer.
+
+    A loader ends with its parent: torch watches for that.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _same(found: Any) -> Any:

@@ -56,6 +56,11 @@ def resolve_ds_config(given: Mapping[str, Any], where: str, train: TrainSettings
             raise RecipeError(f"{where}: '{section}' conflicts with {owner}, which decide it; remove it from {where}")
     if given.get("fp16", {}).get("enabled"):
         raise RecipeError(f"{where}: fp16.enabled is not supported (residual codes need range); use bf16.enabled")
+    if given.get("bf16", {}).get("enabled") and given.get("zero_optimization", {}).get("stage", 0) == 0:
+        raise RecipeError(
+            f"{where}: bf16.enabled with ZeRO stage 0 keeps weights where no checkpoint can reach them;"
+            " set zero_optimization.stage to 1 (which needs less memory), or use torch_autocast instead of bf16"
+        )
     for field, (value, owner) in ours.items():
         if given.get(field, "auto") not in ("auto", value):
             raise RecipeError(f"{where}: {field} = {given[field]} conflicts with the recipe's {owner}, which makes it {value}; remove it from {where} or change the recipe")
@@ -95,7 +100,8 @@ def build_engine(module: nn.Module, ds_config: Mapping[str, Any], train: TrainSe
     """Wraps a phase's module; its optimizer is torch's AdamW, which compiles nothing."""
     import deepspeed
 
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             (decayed if parameter.ndim == 2 and "bias" not in name else plain).append(parameter)

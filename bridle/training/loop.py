@@ -24,7 +24,7 @@ from bridle.training.ranks import Ranks
 log = logging.getLogger("bridle")
 
 
-class StopRequested(Exception):
+class StoppedBySignalError(Exception):
     """SIGTERM or SIGINT arrived; a checkpoint was written."""
 
 
@@ -91,7 +91,7 @@ class PhaseRun:
         """Trains from `position` to the end of the phase.
 
         Raises:
-            StopRequested, NonFiniteLossError, CorruptDataError, OSError: on all ranks alike.
+            StoppedBySignalError, NonFiniteLossError, CorruptDataError, OSError: on all ranks alike.
         """
         window, sums = Window(), _Sums(len(self.job.metric_names), self.ranks.device)
         batches = self._batches(position)
@@ -166,7 +166,7 @@ class PhaseRun:
         if stop or (not last and position.step % self.train.checkpoint_every == 0):
             self._checkpoint(position)
         if stop:
-            raise StopRequested
+            raise StoppedBySignalError
         sums.reset()
         window.reset()
 

@@ -74,9 +74,16 @@ def join() -> Ranks:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local = int(os.environ["LOCAL_RANK"])
     accelerator.set_device(local)
-    deepspeed.init_distributed(
-        accelerator.communication_backend_name(), auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False
-    )
+    try:
+        deepspeed.init_distributed(
+            accelerator.communication_backend_name(), auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False
+        )
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise OSError(
+            f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}); if another job on this machine uses that"
+            " port, give one with deepspeed --master_port PORT"
+        ) from None
     device = torch.device(accelerator.device_name(local) if accelerator.device_name() != "cpu" else "cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 

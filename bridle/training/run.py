@@ -18,7 +18,7 @@ from bridle import __version__
 from bridle.config import ColdStartPhase, EncoderPhase, Recipe, RecipeError, TokenizerPhase
 from bridle.data.shards import ShardSet, open_shards
 from bridle.data.stream import Stream
-from bridle.files import read_json, whole_file, write_json
+from bridle.files import whole_file, write_json
 from bridle.modalities import build_modality
 from bridle.model_folder import patch_shape, save_model
 from bridle.modeling.bridle import Components, parameter_count
@@ -164,13 +164,13 @@ class PretrainingRun:
         position = Position()
         if begun:
             load_weights(job.module, read_tensors(begun[-1] / "model.safetensors"), begun[-1])
+        sizes = ", ".join(f"{name} {parameter_count(part) / 1e6:.2f} M" for name, part in job.parts.items())
         engine = build_engine(job.module, self.ds_config, self.recipe.train, phase.lr)
         if begun:
             position = checkpoints.restore(engine, begun[-1])
         if run_log is not None:
             run_log.forget_after(index, position.step)
-            trained = parameter_count_of_parts(self.components, job)
-            log.info("[%d %s] %s; from step %d", index, job.kind, trained, position.step)
+            log.info("[%d %s] %s; from step %d", index, job.kind, sizes, position.step)
         length = Length.of(phase, len(self.shards), self.recipe.train.batch_size)
         position = PhaseRun(
             index, phase, job, engine, self._stream(index, job.masked), self._heldout_stream(job.masked), length,
@@ -327,11 +327,6 @@ def cpu_state(module: torch.nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().cpu().clone() for key, value in module.named_parameters()} | cpu_buffers(module)
 
 
-def parameter_count_of_parts(components: Components, job: PhaseJob) -> str:
-    """For people: trained components and their sizes."""
-    return ", ".join(f"{name} {parameter_count(part) / 1e6:.2f} M" for name, part in job.parts.items())
-
-
 def environment(ranks: Ranks) -> dict[str, Any]:
     """Versions and devices, for whoever reads the run later."""
     packages = ("torch", "torchvision", "torchaudio", "deepspeed", "timm", "numpy")
@@ -344,5 +339,3 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in packages},
     }
 
-
-__all__ = ["PretrainingRun", "export_model", "finished_encoder_phases", "read_json", "read_run_recipe"]

@@ -110,6 +110,7 @@ def test_ranks_take_neighbouring_runs_of_each_step(shards: ShardSet) -> None:
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 1), (2, 2), (1, 3)])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_change_nothing(shards: ShardSet, world: int, workers: int) -> None:
     assert by_position(batches(shards, world, workers)) == by_position(batches(shards))
 
@@ -189,6 +190,19 @@ def test_a_killed_worker_is_an_error_not_a_hang(shards: ShardSet) -> None:
     with pytest.raises(ShardError, match=r"a loader process died .*fewer data\.workers"):
         for _ in stream.micro_batches(rank=0, world=1, workers=2, **options):
             pass
+
+
+def stumbling(data: bytes, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    """A decoder with a fault of its own."""
+    raise RuntimeError("a fault in the program")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_in_the_program_is_no_corrupt_sample(shards: ShardSet, workers: int) -> None:
+    stream = Stream(shards, stumbling, seed=0, block=4, window=4)
+    options = {"start": 0, "stop": 150, "batch_size": 8, "micro_batch_size": 8}
+    with pytest.raises(RuntimeError, match="a fault in the program"):
+        next(stream.micro_batches(rank=0, world=1, workers=workers, **options))
 
 
 def test_more_shards_than_files_may_be_open(tmp_path: Path, make_tar: MakeTar, monkeypatch: pytest.MonkeyPatch) -> None:

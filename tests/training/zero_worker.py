@@ -1,0 +1,105 @@
+"""Run under the deepspeed launcher by test_zero.py: every ZeRO stage and precision, one engine after another."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from bridle.config import TrainSettings, load_recipe
+from bridle.modeling.bridle import Components
+from bridle.modeling.patches import PatchShape
+from bridle.training.checkpoints import PhaseCheckpoints, Position, load_weights, read_tensors
+from bridle.training.engine import build_engine, resolve_ds_config, set_learning_rate
+from bridle.training.optimizer_state import gather_state
+from bridle.training.phases import TokenizerPhaseJob
+from bridle.training.ranks import Ranks, join, leave
+
+TRAIN = TrainSettings(batch_size=4, gradient_clipping=1.0)
+COMBINATIONS = [pair for pair in product((0, 1, 2, 3), ("fp32", "bf16", "autocast")) if pair != (0, "bf16")]
+"""Stage 0 with bf16 is refused: see test_settings.py."""
+
+
+def ds_config(stage: int, precision: str, world: int) -> dict:
+    extra = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}.get(
+        precision, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    )
+    zero = {"stage": stage, "reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 1000}
+    return resolve_ds_config({"zero_optimization": zero, **extra}, "test", TRAIN, world)
+
+
+def engine_of(ranks: Ranks, config: dict, checkpoint: Path | None):
+    recipe = load_recipe(str(Path(__file__).with_name("tiny.yaml")))
+    make = Components(recipe.model, PatchShape(1, (16, 16)))
+    learner = make.tokenizer(1)
+    if checkpoint is None:
+        latents = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+        learner.quantizer.initialize(latents, torch.Generator().manual_seed(1))
+    job = TokenizerPhaseJob(learner, make.estimator(2), make.encoder(3), recipe.model.quantizer, ranks.device, False)
+    if checkpoint is not None:
+        load_weights(job.module, read_tensors(checkpoint / "model.safetensors"), checkpoint)
+    engine = build_engine(job.module, config, TRAIN, 1e-3)
+    if checkpoint is not None:
+        PhaseCheckpoints(checkpoint.parents[2], 2, "tokenizer").restore(engine, checkpoint)
+    return engine, job
+
+
+def step(engine, job, ranks: Ranks, number: int) -> float:
+    values = torch.randn(4, 1, 64, 128, generator=torch.Generator().manual_seed(number))
+    share = 4 // ranks.world
+    batch = {"values": values[ranks.rank * share : (ranks.rank + 1) * share]}
+    set_learning_rate(engine, 1e-3)
+    loss, metrics, _ = engine(*job.inputs(batch))
+    engine.backward(loss)
+    engine.step()
+    job.after_step(ranks.all_reduce)
+    return ranks.sum(loss.detach().double()).item() / ranks.world
+
+
+def snapshot(engine) -> dict[str, torch.Tensor]:
+    weights, moments = gather_state(engine, keep=True)
+    buffers = {name: buffer.clone() for name, buffer in engine.module.named_buffers() if "statistics" not in name}
+    return weights | moments | buffers
+
+
+def main(folder: Path) -> None:
+    ranks = join()
+    report = {}
+    for stage, precision in COMBINATIONS:
+        run = folder / f"{stage}-{precision}"
+        config = ds_config(stage, precision, ranks.world)
+        engine, job = engine_of(ranks, config, None)
+        losses = [step(engine, job, ranks, number) for number in range(3)]
+        before = snapshot(engine)
+        checkpoint = PhaseCheckpoints(run, 2, "tokenizer").save(engine, Position(step=3, samples=12), ranks)
+        ranks.barrier()
+        after = [step(engine, job, ranks, number) for number in range(3, 5)]
+        engine.destroy()
+
+        engine, job = engine_of(ranks, config, checkpoint)
+        restored = snapshot(engine)
+        again = [step(engine, job, ranks, number) for number in range(3, 5)]
+        quantizer = job.quantizer
+        report[f"{stage}-{precision}"] = {
+            "losses": losses + after,
+            "restored_exactly": all(torch.equal(before[name], restored[name]) for name in before),
+            "after": after,
+            "again": again,
+            "codebooks_dtype": str(quantizer.codebooks.dtype),
+            "codebooks_equal_on_all_ranks": bool(
+                (ranks.gather(quantizer.codebooks[None]) == quantizer.codebooks).all()
+            ),
+            "parameter_dtype": str(engine.module.tokenizer.head[0].weight.dtype),
+            "statistics_cleared": bool((quantizer.statistics == 0).all()),
+        }
+        engine.destroy()
+    if ranks.first:
+        (folder / "report.json").write_text(json.dumps(report))
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(next(word for word in sys.argv[1:] if not word.startswith("--"))))
