@@ -114,7 +114,7 @@ def _check(answer: httpx.Response) -> httpx.Response:
 def _codes(content: bytes) -> list[Codes]:
     arrays = np.load(io.BytesIO(content), allow_pickle=False)
     return [
-        Codes(**clip, codes=arrays[f"codes_{i}"], ids=arrays[f"ids_{i}"] if f"ids_{i}" in arrays else None)
+        Codes(**clip, codes=arrays[f"codes_{i}"], ids=arrays.get(f"ids_{i}"))
         for i, clip in enumerate(json.loads(str(arrays["clips"])))
     ]
 

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 
 from bridle import __version__
 from serving.middleware import Around
-from serving.problems import BY_STATUS, ProblemError
+from serving.problems import BY_STATUS, INTERNAL, ClientGoneError, ProblemError
 from serving.routes import clips, dequantize, operation, pages
 from serving.service import Service
 
@@ -29,6 +29,8 @@ def build_app(service: Service) -> ASGIApp:
             ProblemError: _problem,
             RequestValidationError: _wrong_parameter,
             HTTPException: _http_error,
+            ClientGoneError: _nobody,
+            Exception: _internal,
         },
     )
     app.state.service = service
@@ -50,6 +52,15 @@ async def _problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, ProblemError)
     request.app.state.service.metrics.rejected.labels(error.type).inc()
     return error.response(request.state.request_id)
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # for the log and the metrics; nobody reads it
+
+
+async def _internal(request: Request, error: Exception) -> Response:
+    """What Starlette answers when a route failed; it raises the error again, which `Around` logs."""
+    return ProblemError("internal", INTERNAL).response(request.state.request_id)
 
 
 async def _wrong_parameter(request: Request, error: Exception) -> Response:

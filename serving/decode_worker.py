@@ -19,7 +19,7 @@ from PIL import Image
 
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Clip, ClipError, Limits, Modality, TooLargeError, UndecodableError
-from bridle.modalities.isolation import _confine, _leave_network
+from bridle.modalities.isolation import confine, leave_network
 from serving import wire
 from serving.arena import attach
 from serving.processes import receive_file, settle_in
@@ -39,8 +39,8 @@ def main(sock: socket.socket) -> None:
     torch.set_num_threads(1)
     settings = config["settings"] | ({"isolate": False} if "isolate" in config["settings"] else {})  # we are isolated
     modality = build_modality(config["modality"], settings, Limits.model_validate(config["limits"]))
-    offline = _leave_network()
-    _confine(config["memory_bytes"])
+    offline = leave_network()
+    confine(config["memory_bytes"])
     wire.send(sock, {"ready": True, "offline": offline})
     slots = np.frombuffer(memory, np.float32).reshape(-1, config["slot_bytes"] // 4)
     worker = _Worker(sock, modality, slots, config["seconds"])

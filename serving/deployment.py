@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import os
 from collections import deque
@@ -84,13 +83,17 @@ class Deployment:
         except BaseExceptionGroup as errors:
             await self.stop()
             raise errors.exceptions[0] from None
-        hello = next(iter(self._children.values())).hello
-        self.info = hello["info"]
-        self.codes_depend_on_batch = hello["codes_depend_on_batch"]
+        self._learn(next(iter(self._children.values())))
         if self.codes_depend_on_batch:
             log("warning", "codes may depend on the batch at rounding's last bit on this device", model=self.name)
         self._loops = [asyncio.create_task(self._run(device)) for device in self._devices]
         return self
+
+    def _learn(self, child: Child) -> None:
+        if self.info and self.info["sha256"] != child.hello["info"]["sha256"]:
+            log("warning", "the folder holds other weights than before", model=self.name)
+        self.info = child.hello["info"]
+        self.codes_depend_on_batch = child.hello["codes_depend_on_batch"]
 
     async def stop(self) -> None:
         """Ends all processes at once."""
@@ -213,6 +216,7 @@ class Deployment:
         while True:
             try:
                 await self._start_model(device)
+                self._learn(self._children[device])
                 return
             except (OSError, RuntimeError, EOFError, TimeoutError) as error:
                 log("error", "a model process does not start", model=self.name, device=device, error=str(error))
@@ -252,15 +256,9 @@ def _gone() -> ProblemError:
 
 def devices_of(settings: ServeSettings) -> list[str]:
     """The devices that `device` stands for."""
-    if settings.device != ("auto",):
-        return list(settings.device)
-    import torch
+    names = list(settings.device)
+    if settings.device == ("auto",):
+        import torch
 
-    count = torch.cuda.device_count()
-    return [f"cuda:{i}" for i in range(count)] or ["cpu"]
-
-
-async def end_quietly(deployment: Deployment) -> None:
-    """Stops a deployment whatever state it is in."""
-    with contextlib.suppress(Exception):
-        await deployment.stop()
+        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    return [f"{name}#{i}" for i, name in enumerate(names)]  # one device may be named twice: two processes on it

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridle.config import RecipeError
+from bridle.settings import RecipeError
 from serving.settings import ServeSettings
 
 SCOPES = ("use", "metrics", "admin")

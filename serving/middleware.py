@@ -12,13 +12,12 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bridle.config import RecipeError
+from bridle.settings import RecipeError
 from serving.keys import presented_key
 from serving.logs import log
-from serving.problems import ProblemError
+from serving.problems import INTERNAL, ProblemError
 from serving.service import Service
 from serving.settings import is_loopback
-from serving.work import ClientGoneError
 
 OPEN = ("/livez", "/readyz")
 """Routes that need no key."""
@@ -84,14 +83,12 @@ class Around:
         except ProblemError as problem:
             await exchange.refuse(problem)
             self._service.metrics.rejected.labels(problem.type).inc()
-        except ClientGoneError:
-            exchange.status = 499
         except (TimeoutError, ConnectionError):
             exchange.status = 499
             exchange.abort()
         except Exception as error:  # a fault of ours: told in the log, not to the client
             log("error", "a request failed", request_id=exchange.id, error=repr(error), where=_where(error))
-            await exchange.refuse(ProblemError("internal", "the service failed; the log has the request id"))
+            await exchange.refuse(ProblemError("internal", INTERNAL))
 
     def _admit(self, exchange: _Exchange) -> None:
         """Checks where the request comes from and whether its key opens the route.

@@ -31,6 +31,7 @@ TYPES: dict[str, tuple[int, str]] = {
 }
 """Every `type`, its status and its title."""
 
+INTERNAL = "the service failed; its log says more under the request id"
 BY_STATUS = {
     404: "not-found",
     405: "method-not-allowed",
@@ -77,6 +78,10 @@ class ProblemError(Exception):
         body = json.dumps(self.body(request_id), ensure_ascii=True)
         merged = {**self.headers(), **(headers or {})}
         return Response(body, self.status, merged, media_type="application/problem+json")
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
 
 
 def clip_problem(error: ClipError, **extra: Any) -> ProblemError:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
-from bridle.config import RecipeError
+from bridle.settings import RecipeError
 from serving.deployment import Deployment, devices_of
 from serving.logs import log
 from serving.metrics import Metrics

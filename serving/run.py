@@ -10,7 +10,7 @@ import socket
 
 import uvicorn
 
-from bridle.config import RecipeError
+from bridle.settings import RecipeError
 from serving.app import build_app
 from serving.logs import log, take_over_logging
 from serving.protocol import bounded_protocol

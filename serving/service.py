@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import Request
 
 from bridle import __version__
-from bridle.config import RecipeError
+from bridle.settings import RecipeError
 from serving.admission import Admission
 from serving.keys import KeyRing
 from serving.logs import log
@@ -50,7 +50,7 @@ class Service:
         Raises:
             ValueError, OSError, RuntimeError: one does not start.
         """
-        await asyncio.to_thread(start_template)
+        start_template()
         try:
             await self.registry.start()
         except BaseException:

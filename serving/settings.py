@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from bridle.config import RecipeError, Settings, nearest, parse_settings
 from bridle.modalities.clip import Limits
+from bridle.settings import RecipeError, Settings, nearest, parse_settings
 
 PREFIX = "BRIDLE_"
 

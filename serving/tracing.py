@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from bridle import __version__
-from bridle.config import RecipeError
+from bridle.settings import RecipeError
 
 
 class Tracing:

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from serving.admission import Places
 from serving.metrics import Metrics
-from serving.problems import ProblemError
+from serving.problems import ClientGoneError, ProblemError
 from serving.settings import ServeSettings
 
 MAX_PART_HEADERS = 8
@@ -79,7 +79,7 @@ class Uploads:
                     "slow-request", f"no byte of the body for {max(wait, 0):.1f} s; send it in one go"
                 ) from None
             except ClientDisconnect:
-                raise asyncio.CancelledError from None
+                raise ClientGoneError from None
             if chunk is None:
                 return
             total += len(chunk)

@@ -19,13 +19,9 @@ from serving.answers import MAX_NUMBERS
 from serving.batching import Array
 from serving.decoding import Window
 from serving.deployment import Deployment
-from serving.problems import ProblemError, clip_problem
+from serving.problems import ClientGoneError, ProblemError, clip_problem
 
 T = TypeVar("T")
-
-
-class ClientGoneError(Exception):
-    """Nobody waits for the answer any more."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from bridle.config import RecipeError
+from bridle.settings import RecipeError
 
 HELP = "Serve models over HTTP: bytes in, codes out. Every flag is also an environment variable, BRIDLE_<FLAG>."
 
@@ -29,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serves until a signal ends it."""
     try:
+        from serving.processes import start_template
+
+        if args.new_key is None:
+            start_template()  # it imports for seconds; so do the next lines
+
         from serving.keys import new_key
         from serving.logs import log
         from serving.run import run as serve

@@ -19,7 +19,7 @@ KINDS = {
 FILES = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in KINDS}
 """Read once: no request can name another file."""
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; media-src blob:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
