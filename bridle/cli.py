@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from bridle.config import RecipeError
+from bridle.settings import RecipeError
 
 COMMANDS = ("doctor", "shards", "export", "tokenize", "codebooks", "report", "serve")
 """Each is a file in bridle/commands/."""

@@ -6,27 +6,16 @@ anywhere else. `load_recipe` merges a shipped or user-written file with ``dotted
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from bridle.settings import RecipeError, Settings, nearest, parse_settings
 
-class Settings(BaseModel):
-    """Base of all settings: immutable, keyword-only, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
-
-
-class RecipeError(ValueError):
-    """A recipe or an override that cannot be honoured; the message says where, what and what to do."""
-
-
-SettingsT = TypeVar("SettingsT", bound=Settings)
 Positive = Annotated[int, Field(gt=0)]
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -215,7 +204,7 @@ class Recipe(Settings):
     """Name in the registry of modalities."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of weights, order, augmentation and masks."""
-    clip: dict[str, Any] = {}
+    clip: dict[str, Any] = Field(default_factory=dict)
     """The modality's own settings (see bridle/modalities/)."""
     model: ModelSettings
     mask: MaskSettings = MaskSettings()
@@ -264,26 +253,6 @@ def shipped_recipes() -> list[str]:
     """Names of the recipes inside the package."""
     folder = resources.files("bridle") / "recipes"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for an unknown word, or the list of known ones when nothing is near."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
-
-
-def parse_settings(cls: type[SettingsT], mapping: Mapping[str, Any], where: str) -> SettingsT:
-    """Builds settings from plain data.
-
-    Raises:
-        RecipeError: one line per fault, naming `where`, the key, what was found and what was expected.
-    """
-    try:
-        return cls.model_validate(dict(mapping))
-    except ValidationError as error:
-        lines = [_explain(cls, detail, where) for detail in error.errors()]
-        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
 
 
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -381,35 +350,3 @@ def _expand_size(model: Mapping[str, Any], where: str) -> dict[str, Any]:
         if isinstance(given, Mapping):
             model[part] = {**defaults, **given}
     return model
-
-
-def _explain(cls: type[Settings], detail: Any, where: str) -> str:
-    path = [part for part in detail["loc"] if part not in {"cold_start", "encoder", "tokenizer"} or part == detail["loc"][-1]]
-    key = ".".join(str(part) for part in path) or "(whole)"
-    if detail["type"] == "extra_forbidden":
-        known = _known_keys(cls, detail["loc"][:-1])
-        return f"{where}: unknown key '{key}'{nearest(str(detail['loc'][-1]), known)}"
-    if detail["type"] == "missing":
-        return f"{where}: '{key}' is missing; add it"
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"{where}: '{key}' = {detail['input']!r}: {message}" if path and detail["type"] != "value_error" else f"{where}: {key}: {message}"
-
-
-def _known_keys(cls: type[Settings], loc: tuple[int | str, ...]) -> set[str]:
-    """Field names of the settings class that `loc` leads to."""
-    classes: list[Any] = [cls]
-    for part in loc:
-        below: list[Any] = []
-        for owner in classes:
-            if part in owner.model_fields:
-                below += _settings_in(owner.model_fields[part].annotation)
-        classes = below or classes
-        tagged = [c for c in classes if "kind" in c.model_fields and part in get_args(c.model_fields["kind"].annotation)]
-        classes = tagged or classes
-    return {name for owner in classes for name in owner.model_fields}
-
-
-def _settings_in(annotation: Any) -> list[Any]:
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return [annotation]
-    return [found for argument in get_args(annotation) for found in _settings_in(argument)]

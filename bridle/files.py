@@ -34,7 +34,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder: what is written into the folder given appears at `path` at once, replacing what was there."""
+    """The same for a folder: what is written into the one given appears at `path` at once, replacing what was there."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(aside, ignore_errors=True)

@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bridle import __version__
-from bridle.config import EncoderSettings, QuantizerSettings, RecipeError, Settings, parse_settings
+from bridle.config import EncoderSettings, QuantizerSettings
 from bridle.files import read_json, sha256, whole_folder
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Clip, Limits, Modality, TooLargeError
 from bridle.modeling.encoder import Encoder
 from bridle.modeling.patches import PatchShape
 from bridle.modeling.tokenizer import ColdStartTokenizer, LearnedTokenizer, Tokenizer
+from bridle.settings import RecipeError, Settings, parse_settings
 
 FORMAT = 1
 """Version of the folder's layout; a folder of another version is refused."""
@@ -53,7 +55,7 @@ class ModelConfig(Settings):
     """`cold_start` (a random projection) or `learned`."""
     encoder: EncoderSettings
     quantizer: QuantizerSettings
-    trained: dict[str, Any] = {}
+    trained: dict[str, Any] = Field(default_factory=dict)
     """Where it comes from: recipe, phase, clips seen. Informative."""
 
 
@@ -179,7 +181,9 @@ class BridleModel:
         for batch in batched(self.modality.windows(self._read(source)), CLIPS_AT_ONCE):
             embeddings += self.embed(torch.stack([clip.values for clip in batch])).cpu().unbind(0)
             clips += [without_values(clip) for clip in batch]
-        return CodeStream.from_windows(self.config.modality, self.config.quantizer.codebook_size, clips, embeddings).codes
+        return CodeStream.from_windows(
+            self.config.modality, self.config.quantizer.codebook_size, clips, embeddings
+        ).codes
 
     def _placed(self, values: Tensor) -> Tensor:
         return values.to(device=self.device, dtype=self.encoder.embed.weight.dtype)
@@ -247,7 +251,9 @@ def save_model(
     weights = {f"encoder.{key}": value for key, value in encoder.items()}
     weights |= {f"tokenizer.{key}": value for key, value in tokenizer.items()}
     with whole_folder(folder) as aside:
-        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, aside / "model.safetensors")
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in weights.items()}, aside / "model.safetensors"
+        )
         (aside / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(_card(config), encoding="utf-8")
 
@@ -281,7 +287,11 @@ def load(
     else:
         tokenizer = ColdStartTokenizer(config.quantizer, patch)
     for part, module in (("encoder", encoder), ("tokenizer", tokenizer)):
-        _load_strictly(module, {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}, weights_file)
+        _load_strictly(
+            module,
+            {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")},
+            weights_file,
+        )
         module.to(device=device, dtype=DTYPES[dtype])
     return BridleModel(config, modality, encoder, tokenizer, sha256(weights_file))
 
@@ -314,11 +324,12 @@ def _load_strictly(module: nn.Module, weights: Mapping[str, Tensor], file: Path)
 
 def _card(config: ModelConfig) -> str:
     quantizer = config.quantizer
+    trained = ", ".join(f"{key} {value}" for key, value in config.trained.items()) or "nothing recorded"
     return f"""# {config.name}
 
 A BRIDLE model for {config.modality}: an encoder of width {config.encoder.width} and depth {config.encoder.depth}, and a
-residual-quantization tokenizer with {quantizer.codebooks} codebooks of {quantizer.codebook_size} codes of width {quantizer.dim}
-({'a random projection, from the cold start' if config.tokenizer == 'cold_start' else 'learned'}).
+residual-quantization tokenizer with {quantizer.codebooks} codebooks of {quantizer.codebook_size} codes of width
+{quantizer.dim} ({"a random projection, from the cold start" if config.tokenizer == "cold_start" else "learned"}).
 
 ```python
 import bridle
@@ -327,5 +338,5 @@ model = bridle.load("path/to/this/folder")
 stream = model.tokenize("file")   # stream.codes: [positions, codebooks]
 ```
 
-Trained with bridle {config.bridle}: {', '.join(f'{key} {value}' for key, value in config.trained.items()) or 'nothing recorded'}.
+Trained with bridle {config.bridle}: {trained}.
 """

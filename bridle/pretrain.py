@@ -1,7 +1,7 @@
 """Pretrains: walks the recipe's interleaved schedule and leaves a servable model.
 
-    deepspeed bridle/pretrain.py --deepspeed_config ds_configs/zero2.json [--recipe NAME|FILE.yaml] [--data SHARDS ...]
-                                 [--run DIR] [dotted.key=value ...]
+deepspeed bridle/pretrain.py --deepspeed_config ds_configs/zero2.json [--recipe NAME|FILE.yaml] [--data SHARDS ...]
+                             [--run DIR] [dotted.key=value ...]
 """
 
 from __future__ import annotations
@@ -24,9 +24,15 @@ OVERRIDE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*=")
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="pretrain.py", description=__doc__.split("\n\n", 1)[0])
-    parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="DeepSpeed's JSON, e.g. ds_configs/zero2.json")
-    parser.add_argument("--recipe", default="audio-mini", metavar="NAME|FILE", help="shipped name or YAML file (default: audio-mini)")
-    parser.add_argument("--data", nargs="+", metavar="SHARDS", help="paths, globs or braces; local, s3://, https://, pipe:")
+    parser.add_argument(
+        "--deepspeed_config", required=True, metavar="FILE", help="DeepSpeed's JSON, e.g. ds_configs/zero2.json"
+    )
+    parser.add_argument(
+        "--recipe", default="audio-mini", metavar="NAME|FILE", help="shipped name or YAML file (default: audio-mini)"
+    )
+    parser.add_argument(
+        "--data", nargs="+", metavar="SHARDS", help="paths, globs or braces; local, s3://, https://, pipe:"
+    )
     parser.add_argument("--heldout", nargs="+", metavar="SHARDS", help="the same, for evaluation between phases")
     parser.add_argument("--run", metavar="DIR", help="run folder; resumes from it (default: runs/RECIPE)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)

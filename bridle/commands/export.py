@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _choose(run: Path, iteration: int | None, phases: list[int], finished: list[int]) -> int:
     """Index of the encoder phase to export."""
-    from bridle.config import RecipeError
+    from bridle.settings import RecipeError
 
     if iteration is not None and not 1 <= iteration <= len(phases):
         raise RecipeError(f"--iteration {iteration}: {run} has iterations 1 to {len(phases)}")

@@ -6,8 +6,8 @@ import argparse
 
 import torch
 
-from bridle.config import RecipeError
 from bridle.model_folder import DTYPES, BridleModel, load
+from bridle.settings import RecipeError
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

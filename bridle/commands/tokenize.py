@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from bridle.commands.options import add_model_arguments, load_model
-from bridle.config import RecipeError
 from bridle.files import whole_file
 from bridle.modalities.clip import ClipError
 from bridle.model_folder import BridleModel, CodeStream
+from bridle.settings import RecipeError
 
 HELP = "turn files into codes: JSON lines on the screen, or one file per input under --out"
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bridle.config import nearest
 from bridle.data.errors import ShardError
 from bridle.data.writer import Planned
+from bridle.settings import nearest
 
 AUDIO = {"wav", "flac", "mp3", "ogg", "oga", "opus", "m4a", "aac", "webm"}
 IMAGE = {"jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff"}

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
-from bridle.config import nearest
 from bridle.data import fetch
 from bridle.data.errors import ShardError
+from bridle.settings import nearest
 
 log = logging.getLogger(__name__)
 REMOTE = ("s3://", "http://", "https://", "pipe:")

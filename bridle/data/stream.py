@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -103,10 +102,7 @@ class Stream:
         except (RuntimeError, ConnectionError, EOFError) as error:
             if not _means_dead_worker(error, workers):
                 raise
-            raise ShardError(
-                f"a loader process died ({' '.join(str(error).split())[:200]}); out of memory or of shared memory? "
-                "Try fewer data.workers, or a larger /dev/shm (docker: --shm-size)"
-            ) from None
+            raise dead_worker(error) from None
 
     def _start(self, shares: _Shares, workers: int) -> Iterator[Any]:
         # Its own generator: else every stream would move torch's global one.
@@ -119,13 +115,18 @@ class Stream:
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),
         )
-        handler = signal.getsignal(signal.SIGCHLD)
-        batches = iter(loader)
-        if handler is not None and threading.current_thread() is threading.main_thread():
-            # torch's handler would raise a worker's death in the middle of whatever this process does just then.
-            # Without it the death shows where the next micro-batch is awaited.
-            signal.signal(signal.SIGCHLD, handler)
-        return batches
+        return iter(loader)
+
+
+def dead_worker(error: Exception) -> ShardError:
+    """The one line for a loader process that died.
+
+    torch raises ``RuntimeError: DataLoader worker (pid …) …`` from a signal handler, so it may also come up in the middle
+    of what is done between two micro-batches: whoever consumes the stream may turn it into this.
+    """
+    said = " ".join(str(error).split())[:200]
+    fix = "Try fewer data.workers, or a larger /dev/shm (docker: --shm-size)"
+    return ShardError(f"a loader process died ({said}); out of memory or of shared memory? {fix}")
 
 
 def _means_dead_worker(error: Exception, workers: int) -> bool:

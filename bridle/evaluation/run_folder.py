@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from bridle.config import ColdStartPhase, EncoderPhase, Recipe, RecipeError, TokenizerPhase, recipe_from_mapping
+from bridle.config import ColdStartPhase, EncoderPhase, Recipe, TokenizerPhase, recipe_from_mapping
 from bridle.files import read_json
+from bridle.settings import RecipeError
 
 NEEDED = {"phase_index", "split", "step", "loss", "codebook_usage"}
 

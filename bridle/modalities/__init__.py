@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, cast
 
-from bridle.config import RecipeError, nearest, parse_settings
 from bridle.modalities.clip import Limits, Modality
+from bridle.settings import RecipeError, nearest, parse_settings
 
 REGISTRY = {
     "audio": "bridle.modalities.audio:Audio",

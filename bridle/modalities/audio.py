@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from bridle.config import Positive, Settings
+from bridle.config import Positive
 from bridle.modalities.audio_decode import decode, excerpt, kind_of
 from bridle.modalities.clip import Clip, Limits
 from bridle.modalities.fbank import FRAMES_PER_SECOND, HOP, SAMPLE_RATE, WINDOW, fbank, frame_count
+from bridle.settings import Settings
 
 FRAME_MULTIPLE = 64
 """Frames of a clip are a multiple of this: four patches of 16, the side of the Swin decoder's window."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 import numpy as np
-import torch
 from pydantic import Field
 
-from bridle.config import Settings
+from bridle.settings import Settings
+
+if TYPE_CHECKING:  # a decoder's child process starts without it
+    import torch
 
 
 @dataclass(frozen=True)

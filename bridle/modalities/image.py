@@ -14,8 +14,8 @@ from pydantic import Field, model_validator
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from bridle.config import Settings
 from bridle.modalities.clip import Clip, ClipError, Limits, TooLargeError, UndecodableError, WrongKindError
+from bridle.settings import Settings
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 """What Pillow may try. Its other parsers are never reached by a stranger's bytes."""

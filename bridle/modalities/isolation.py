@@ -294,13 +294,13 @@ def serve() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)  # a library that prints must not print into an answer
-    network = not _leave_network()
+    network = not leave_network()
     hello = _read_header(source)
     module, _, name = hello["target"].partition(":")
     target = getattr(importlib.import_module(module), name)
     for needed in hello["imports"]:
         importlib.import_module(needed)
-    _confine(hello["memory_bytes"])
+    confine(hello["memory_bytes"])
     _write(sink, {"network": network})
     while True:
         try:
@@ -329,7 +329,7 @@ def _answer(target: Callable[..., Iterator[Answer]], data: bytes, request: Any, 
         _write(sink, {"error": type(error).__name__, "message": str(error)})
 
 
-def _confine(memory_bytes: int) -> None:
+def confine(memory_bytes: int) -> None:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     for what, bound in (
         (resource.RLIMIT_AS, pages * resource.getpagesize() + memory_bytes),
@@ -342,7 +342,7 @@ def _confine(memory_bytes: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def _leave_network() -> bool:
+def leave_network() -> bool:
     """Moves into a network namespace without any interface; whether the kernel allowed it."""
     libc = ctypes.CDLL(None, use_errno=True)
     return any(libc.unshare(flags) == 0 for flags in (_CLONE_NEWUSER | _CLONE_NEWNET, _CLONE_NEWNET))

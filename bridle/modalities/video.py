@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from bridle.config import Settings
 from bridle.modalities.clip import Clip, Limits
 from bridle.modalities.image import check_size, denormalise, normalise
 from bridle.modalities.isolation import isolated
 from bridle.modalities.video_crop import PLACES, SCALE_PAIRS, Draws
 from bridle.modalities.video_decode import Request, answers, container_of, sniff
+from bridle.settings import Settings
 
 Count = Annotated[int, Field(gt=0)]
 

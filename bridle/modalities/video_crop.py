@@ -12,7 +12,7 @@ import av.filter
 import numpy as np
 from pydantic import Field
 
-from bridle.config import Settings
+from bridle.settings import Settings
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
 """Sides of a random crop against the largest that fits (Wang et al., Temporal Segment Networks; VideoMAE)."""

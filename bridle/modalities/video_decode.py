@@ -14,9 +14,9 @@ from typing import Any, Literal, Protocol
 import av
 import numpy as np
 
-from bridle.config import Settings
 from bridle.modalities.clip import ClipError, Limits, TooLargeError, UndecodableError, WrongKindError
 from bridle.modalities.video_crop import Cropper, Draws, Frame, Prepare
+from bridle.settings import Settings
 
 CODECS = ("h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v3", "mjpeg")
 """Decoders that may run."""

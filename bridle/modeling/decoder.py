@@ -45,4 +45,5 @@ class Decoder(nn.Module):
         restore = torch.argsort(torch.cat([visible, masked], dim=1), dim=1)
         filled = gather_positions(filled, restore) + sincos_positions(grid, self.width).to(tokens)
         seen = gather_positions(self.blocks(filled, grid), masked)
-        return self.head(self.norm(seen)).unflatten(-1, (self.codebooks, self.codebook_size))
+        logits: Tensor = self.head(self.norm(seen))
+        return logits.view(*masked.shape, self.codebooks, self.codebook_size)

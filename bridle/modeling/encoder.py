@@ -42,9 +42,10 @@ class Encoder(nn.Module):
             tokens = self.embed(gather_positions(patches, visible).to(positions)) + positions[visible]
         if self.class_token is not None:
             tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1).to(tokens), tokens], dim=1)
-        return self.norm(self.blocks(tokens, grid))
+        embedded: Tensor = self.norm(self.blocks(tokens, grid))
+        return embedded
 
     def embeddings(self, values: Tensor) -> Tensor:
-        """Patch embeddings of the whole clip, without class token: ``[B, N, width]``. What the tokenizer learns from."""
-        tokens = self(values)
+        """Patch embeddings of the whole clip, ``[B, N, width]``, no class token: what the tokenizer learns from."""
+        tokens: Tensor = self(values)
         return tokens if self.class_token is None else tokens[:, 1:]

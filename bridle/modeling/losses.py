@@ -13,7 +13,9 @@ def masked_code_loss(logits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     logits: ``[B, k, M, K]``; codes: int64 ``[B, k, M]``.
     Returns float32 ``[M]`` losses (their sum is Eq. 4's loss) and float32 ``[M]`` accuracies, detached.
     """
-    losses = functional.cross_entropy(logits.float().flatten(0, 1).transpose(1, 2), codes.flatten(0, 1), reduction="none")
+    losses = functional.cross_entropy(
+        logits.float().flatten(0, 1).transpose(1, 2), codes.flatten(0, 1), reduction="none"
+    )
     hits = logits.detach().argmax(-1) == codes
     return losses.mean(0), hits.flatten(0, 1).float().mean(0)
 

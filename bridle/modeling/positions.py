@@ -20,7 +20,9 @@ def sincos_positions(grid: tuple[int, ...], width: int) -> Tensor:
     """
     per_axis = width // (2 * len(grid))
     if per_axis == 0:
-        raise ValueError(f"width {width} is too small for positions on {len(grid)} axes; it must be {2 * len(grid)} or more")
+        raise ValueError(
+            f"width {width} is too small for positions on {len(grid)} axes; it must be {2 * len(grid)} or more"
+        )
     frequencies = 1.0 / 10000 ** (torch.arange(per_axis, dtype=torch.float64) / per_axis)
     axes = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
     table = torch.zeros(axes[0].numel(), width, dtype=torch.float64)

@@ -88,4 +88,3 @@ class Estimator(nn.Module):
         tokens = self.blocks(tokens + sincos_positions(grid, self.width).to(tokens), grid)
         estimate: Tensor = self.head(self.norm(tokens))
         return estimate
-

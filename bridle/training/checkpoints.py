@@ -1,9 +1,9 @@
 """Checkpoints inside a phase, and what a finished phase leaves to the next ones.
 
-``checkpoints/phase-1-encoder/step-00000100/``: ``model.safetensors`` (float32 master weights, and the buffers, codebooks
-among them), ``optimizer.safetensors`` (Adam's moments), ``state.json``. ``checkpoints/phase-1-encoder/finished/``: one
-safetensors file per component and ``state.json``. Each folder appears whole or not at all. Nothing depends on the ZeRO
-stage or the number of ranks.
+``checkpoints/phase-1-encoder/step-00000100/``: ``model.safetensors`` (float32 master weights, and the buffers,
+codebooks among them), ``optimizer.safetensors`` (Adam's moments), ``state.json``.
+``checkpoints/phase-1-encoder/finished/``: one safetensors file per component and ``state.json``. Each folder appears
+whole or not at all. Nothing depends on the ZeRO stage or the number of ranks.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class PhaseCheckpoints:
         """Puts a checkpoint into a freshly built engine whose module was already filled by `load_weights`."""
         position = read_position(folder)
         parameters = {name for name, _ in engine.module.named_parameters()}
-        weights = {name: value for name, value in read_tensors(folder / "model.safetensors").items() if name in parameters}
+        weights = {
+            name: value for name, value in read_tensors(folder / "model.safetensors").items() if name in parameters
+        }
         restore_state(engine, weights, read_tensors(folder / "optimizer.safetensors"), position.step)
         return position
 
@@ -136,7 +138,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); remove {path.parent} to go on from the one before") from None
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); remove {path.parent} to go on from the one before"
+        ) from None
 
 
 def read_position(folder: Path) -> Position:
@@ -148,7 +152,9 @@ def read_position(folder: Path) -> Position:
     raw = read_json(folder / "state.json")
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else raw
-        raise CheckpointError(f"{folder / 'state.json'}: format {found!r}, expected {FORMAT}; use the bridle that wrote it")
+        raise CheckpointError(
+            f"{folder / 'state.json'}: format {found!r}, expected {FORMAT}; use the bridle that wrote it"
+        )
     try:
         return Position(**raw)
     except TypeError as error:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bridle.config import RecipeError, TrainSettings
+from bridle.config import TrainSettings
+from bridle.settings import RecipeError
 from bridle.training.optimizer_state import create_state
 
 SECTIONS_OF_THE_RECIPE = {
@@ -63,7 +64,10 @@ def resolve_ds_config(given: Mapping[str, Any], where: str, train: TrainSettings
         )
     for field, (value, owner) in ours.items():
         if given.get(field, "auto") not in ("auto", value):
-            raise RecipeError(f"{where}: {field} = {given[field]} conflicts with the recipe's {owner}, which makes it {value}; remove it from {where} or change the recipe")
+            raise RecipeError(
+                f"{where}: {field} = {given[field]} conflicts with the recipe's {owner}, which makes it"
+                f" {value}; remove it from {where} or change the recipe"
+            )
     return {
         **given,
         **{field: value for field, (value, _) in ours.items()},
@@ -80,13 +84,15 @@ def split_batch(train: TrainSettings, world: int) -> tuple[int, int]:
         RecipeError: the batch does not divide.
     """
     if train.batch_size % world:
-        raise RecipeError(f"train.batch_size {train.batch_size} does not divide over {world} ranks; choose a multiple of {world}")
+        raise RecipeError(
+            f"train.batch_size {train.batch_size} does not divide over {world} ranks; choose a multiple of {world}"
+        )
     per_rank = train.batch_size // world
     micro = min(train.micro_batch_size or per_rank, per_rank)
     if per_rank % micro:
         raise RecipeError(
-            f"train.micro_batch_size {micro} does not divide the {per_rank} clips that each of {world} ranks has per step;"
-            f" choose a divisor of {per_rank}"
+            f"train.micro_batch_size {micro} does not divide the {per_rank} clips that each of {world} ranks has per"
+            f" step; choose a divisor of {per_rank}"
         )
     return micro, per_rank // micro
 

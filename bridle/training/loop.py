@@ -138,11 +138,14 @@ class PhaseRun:
         window.steps += 1
 
     def _is_boundary(self, step: int) -> bool:
-        """Rows are written and peers are heard only here; a checkpoint is always at one, so that rows restart exactly."""
-        return any(
-            every and step % every == 0
-            for every in (self.train.log_every, self.train.checkpoint_every, self.train.evaluate_every)
-        ) or step == self.length.total
+        """Rows are written and peers heard only here; a checkpoint is always at one, so that rows restart exactly."""
+        return (
+            any(
+                every and step % every == 0
+                for every in (self.train.log_every, self.train.checkpoint_every, self.train.evaluate_every)
+            )
+            or step == self.length.total
+        )
 
     def _boundary(self, position: Position, window: Window, sums: _Sums, lr: float) -> None:
         means, corrupt, stop = sums.reduce(self.ranks, self.stop.set)
@@ -182,7 +185,9 @@ class PhaseRun:
         for name, value in zip(self.job.metric_names, means, strict=True):
             base, _, which = name.rpartition("_")
             if which.isdigit():
-                key = {"loss_codebook": "loss_per_codebook", "accuracy_codebook": "accuracy", "error_stage": "error"}[base]
+                key = {"loss_codebook": "loss_per_codebook", "accuracy_codebook": "accuracy", "error_stage": "error"}[
+                    base
+                ]
                 row.setdefault(key, []).append(value)
             else:
                 row[name] = value
@@ -211,7 +216,7 @@ class PhaseRun:
         if position.corrupt > max(1.0, allowed):
             raise CorruptDataError(
                 f"{position.corrupt} of {position.samples} samples could not be read, more than data.max_corrupt ="
-                f" {self.data.max_corrupt}; see the warnings above, run `bridle shards check`, or raise data.max_corrupt"
+                f" {self.data.max_corrupt}; see the warnings above, run `bridle shards check`, or raise that share"
             )
 
     def _non_finite_message(self, position: Position) -> str:

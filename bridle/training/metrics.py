@@ -21,16 +21,23 @@ class PrometheusMetrics:
     """The `bridle_train_*` metrics and their endpoint."""
 
     def __init__(self, port: int) -> None:
-        self.registry = CollectorRegistry()
-        of = {"registry": self.registry}
-        self.samples = Counter("bridle_train_samples_total", "Clips trained on.", ["phase"], **of)
-        self.steps = Counter("bridle_train_steps_total", "Optimizer steps.", ["phase"], **of)
-        self.step_seconds = Histogram("bridle_train_step_seconds", "Mean step of a log window.", buckets=STEP_BUCKETS, **of)
-        self.data_wait = Counter("bridle_train_data_wait_seconds_total", "Seconds spent waiting for clips.", **of)
-        self.loss = Gauge("bridle_train_loss", "Loss.", ["phase"], **of)
-        self.usage = Gauge("bridle_train_codebook_usage_ratio", "Share of codes used in a log window.", ["codebook"], **of)
-        self.corrupt = Counter("bridle_train_corrupt_samples_total", "Clips that could not be read and were replaced.", **of)
-        self.checkpoint = Gauge("bridle_train_checkpoint_seconds", "Seconds the last checkpoint took.", **of)
+        to = self.registry = CollectorRegistry()
+        self.samples = Counter("bridle_train_samples_total", "Clips trained on.", ["phase"], registry=to)
+        self.steps = Counter("bridle_train_steps_total", "Optimizer steps.", ["phase"], registry=to)
+        self.step_seconds = Histogram(
+            "bridle_train_step_seconds", "Mean step of a log window.", buckets=STEP_BUCKETS, registry=to
+        )
+        self.data_wait = Counter(
+            "bridle_train_data_wait_seconds_total", "Seconds spent waiting for clips.", registry=to
+        )
+        self.loss = Gauge("bridle_train_loss", "Loss.", ["phase"], registry=to)
+        self.usage = Gauge(
+            "bridle_train_codebook_usage_ratio", "Share of codes used in a log window.", ["codebook"], registry=to
+        )
+        self.corrupt = Counter(
+            "bridle_train_corrupt_samples_total", "Clips that could not be read and were replaced.", registry=to
+        )
+        self.checkpoint = Gauge("bridle_train_checkpoint_seconds", "Seconds the last checkpoint took.", registry=to)
         self.port = self._serve(port) if port else 0
 
     def _serve(self, port: int) -> int:
@@ -54,7 +61,7 @@ class PrometheusMetrics:
 
 
 class RunLog:
-    """Writes rows of metrics everywhere. On resume, rows past the checkpoint are dropped, so that each step has one row."""
+    """Writes rows of metrics everywhere. On resume, rows past the checkpoint go, so that each step has one row."""
 
     def __init__(self, run: Path, prometheus_port: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -66,7 +73,7 @@ class RunLog:
             log.info("metrics at http://localhost:%d/metrics", self.prometheus.port)
 
     def forget_after(self, phase_index: int, step: int) -> None:
-        """Drops rows of later steps, written by a run that was killed after its last checkpoint, and a torn last line."""
+        """Drops rows of later steps, from a run that was killed after its last checkpoint, and a torn last line."""
         if not self.path.exists():
             return
         kept = []
@@ -110,7 +117,7 @@ class Window:
         self.steps = 0
 
     def rates(self, batch_size: int) -> dict[str, float]:
-        """Rate in clips per second over all ranks, mean seconds per step, and the share of time spent waiting for data."""
+        """Clips per second over all ranks, mean seconds per step, and the share of time spent waiting for data."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         return {
             "samples_per_second": self.steps * batch_size / seconds,

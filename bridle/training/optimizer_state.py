@@ -1,8 +1,8 @@
 """Master weights and Adam moments as whole float32 tensors by parameter name.
 
 DeepSpeed partitions them differently in each ZeRO stage and for each number of ranks, and pickles them. Whole tensors
-fit any stage and any number of ranks, and safetensors holds them. DeepSpeed's public `safe_get_full_*` gathers them; for
-the way back its setters do not pad uneven ZeRO-3 partitions, so that the partitions are written here.
+fit any stage and any number of ranks, and safetensors holds them. DeepSpeed's public `safe_get_full_*` gathers them;
+for the way back its setters do not pad uneven ZeRO-3 partitions, so that the partitions are written here.
 """
 
 from __future__ import annotations

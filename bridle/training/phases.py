@@ -111,7 +111,11 @@ class EncoderPhaseJob(PhaseJob):
         self.module = EncoderModule(encoder, decoder).to(device)
         self.tokenizer = self._frozen(tokenizer)
         stages = range(1, quantizer.codebooks + 1)
-        self.metric_names = ["loss", *(f"loss_codebook_{m}" for m in stages), *(f"accuracy_codebook_{m}" for m in stages)]
+        self.metric_names = [
+            "loss",
+            *(f"loss_codebook_{m}" for m in stages),
+            *(f"accuracy_codebook_{m}" for m in stages),
+        ]
 
     @torch.no_grad()
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:

@@ -76,7 +76,10 @@ def join() -> Ranks:
     accelerator.set_device(local)
     try:
         deepspeed.init_distributed(
-            accelerator.communication_backend_name(), auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False
+            accelerator.communication_backend_name(),
+            auto_mpi_discovery=False,
+            timeout=COLLECTIVE_TIMEOUT,
+            verbose=False,
         )
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

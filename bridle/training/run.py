@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from bridle import __version__
-from bridle.config import ColdStartPhase, EncoderPhase, Recipe, RecipeError, TokenizerPhase
+from bridle.config import ColdStartPhase, EncoderPhase, Recipe, TokenizerPhase
 from bridle.data.shards import ShardSet, open_shards
 from bridle.data.stream import Stream
 from bridle.files import whole_file, write_json
@@ -24,6 +24,7 @@ from bridle.model_folder import patch_shape, save_model
 from bridle.modeling.bridle import Components, parameter_count
 from bridle.modeling.encoder import Encoder
 from bridle.modeling.tokenizer import Tokenizer
+from bridle.settings import RecipeError
 from bridle.training.checkpoints import (
     PhaseCheckpoints,
     Position,
@@ -97,9 +98,7 @@ class PretrainingRun:
                 "data.shards is empty: name tar shards with --data (paths, globs, s3://, https://, pipe:),"
                 f" or --data builtin:{self.recipe.modality} for the sample that ships"
             )
-        return open_shards(
-            patterns, extensions=self.modality.extensions, cache=data.cache, cache_gb=data.cache_gb
-        )
+        return open_shards(patterns, extensions=self.modality.extensions, cache=data.cache, cache_gb=data.cache_gb)
 
     def _checkpoints(self, index: int) -> PhaseCheckpoints:
         return PhaseCheckpoints(self.folder, index, self.recipe.phases[index].kind)
@@ -180,7 +179,7 @@ class PretrainingRun:
         engine.destroy()
 
     def _job(self, index: int, phase: EncoderPhase | TokenizerPhase, fresh: bool) -> PhaseJob:
-        """Builds a phase's components; the trained half starts afresh or from the phase before, the frozen half is read."""
+        """Builds a phase's components: the trained half afresh or from the phase before, the frozen half read."""
         make, quantizer = self.components, self.recipe.model.quantizer
         before = last_of(self.recipe, index, EncoderPhase)
         if isinstance(phase, EncoderPhase):
@@ -188,14 +187,18 @@ class PretrainingRun:
             if before is not None and phase.init == "continue":
                 self._fill(encoder, before, "encoder")
             tokenizer = self._tokenizer_for(index)
-            return EncoderPhaseJob(encoder, make.decoder(self._seed(index, 4)), tokenizer, quantizer, self.ranks.device, self.bf16)
+            return EncoderPhaseJob(
+                encoder, make.decoder(self._seed(index, 4)), tokenizer, quantizer, self.ranks.device, self.bf16
+            )
         assert before is not None
         teacher = make.encoder(0)
         self._fill(teacher, before, "encoder")
         learner = make.tokenizer(self._seed(index, 5))
         if fresh:
             self._initialise(learner, index)
-        return TokenizerPhaseJob(learner, make.estimator(self._seed(index, 6)), teacher, quantizer, self.ranks.device, self.bf16)
+        return TokenizerPhaseJob(
+            learner, make.estimator(self._seed(index, 6)), teacher, quantizer, self.ranks.device, self.bf16
+        )
 
     def _tokenizer_for(self, index: int) -> Tokenizer:
         """The tokenizer whose codes encoder phase `index` predicts."""
@@ -290,7 +293,9 @@ def check_same_recipe(run: Path, recipe: Recipe) -> None:
     changed = [key for key in changed if key not in FREE_TO_CHANGE]
     if changed:
         shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in changed[:3])
-        raise RecipeError(f"{run} was begun with another recipe ({shown}); use the same settings, or another --run folder")
+        raise RecipeError(
+            f"{run} was begun with another recipe ({shown}); use the same settings, or another --run folder"
+        )
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -301,7 +306,11 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         items = list(enumerate(tree))
     else:
         return {prefix: tree}
-    return {key: leaf for name, value in items for key, leaf in flatten(value, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {
+        key: leaf
+        for name, value in items
+        for key, leaf in flatten(value, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
 
 
 def tokenizer_phase_of(recipe: Recipe, index: int) -> int:
@@ -335,7 +344,8 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "ranks": ranks.world,
-        "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(ranks.device)
+        if ranks.device.type == "cuda"
+        else platform.processor() or "cpu",
         "packages": {name: metadata.version(name) for name in packages},
     }
-

@@ -10,7 +10,7 @@ import soxr
 import torch
 from encoded_audio import EXACT, FORMATS, audio, encode, recordings, tone, wav_of
 
-from bridle.config import RecipeError
+from bridle.settings import RecipeError
 from bridle.modalities.audio_decode import decode, excerpt
 from bridle.modalities.clip import Limits
 

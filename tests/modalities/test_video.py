@@ -14,7 +14,7 @@ import pytest
 import torch
 from encoded_video import encode_video, frame_number, frame_picture
 
-from bridle.config import RecipeError
+from bridle.settings import RecipeError
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Limits, WrongKindError
 from bridle.modalities.video_decode import PyAVSource

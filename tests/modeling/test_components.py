@@ -26,7 +26,9 @@ def tiny(**model):
 
 def test_the_audio_recipe_builds_the_papers_model():
     make = Components(load_recipe("audio").model, AUDIO)
-    counts = {name: parameter_count(getattr(make, name)(0)) for name in ("encoder", "decoder", "tokenizer", "estimator")}
+    counts = {
+        name: parameter_count(getattr(make, name)(0)) for name in ("encoder", "decoder", "tokenizer", "estimator")
+    }
     assert counts == {"encoder": 85_254_144, "decoder": 51_371_264, "tokenizer": 86_041_600, "estimator": 22_053_120}
     assert round(sum(counts.values()) / 1e6) == 245
     encoder, decoder = make.encoder(0), make.decoder(0)
@@ -48,7 +50,10 @@ def test_the_audio_recipe_builds_the_papers_model():
     ],
 )
 def test_every_geometry_takes_a_step_of_both_phases(patch, size, decoder, class_token):
-    model = tiny(decoder={"width": 64, "depth": 2, "heads": 2, **decoder}, encoder={"width": 96, "depth": 2, "heads": 3, "class_token": class_token})
+    model = tiny(
+        decoder={"width": 64, "depth": 2, "heads": 2, **decoder},
+        encoder={"width": 96, "depth": 2, "heads": 3, "class_token": class_token},
+    )
     make, device = Components(model, patch), torch.device("cpu")
     values = torch.randn(2, patch.channels, *size)
     count = patch.cut(values).shape[1]

@@ -25,7 +25,16 @@ def command(run: Path, *arguments: str, ranks: int = 1, config: str = "zero2") -
         launcher = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port())]
     given = [] if "--recipe" in arguments else ["--recipe", str(TINY)]
     config_file = config if config.endswith(".json") else str(ROOT / "ds_configs" / f"{config}.json")
-    return [*launcher, str(ROOT / "bridle/pretrain.py"), "--deepspeed_config", config_file, "--run", str(run), *given, *arguments]
+    return [
+        *launcher,
+        str(ROOT / "bridle/pretrain.py"),
+        "--deepspeed_config",
+        config_file,
+        "--run",
+        str(run),
+        *given,
+        *arguments,
+    ]
 
 
 def pretrain(run: Path, *arguments: str, ranks: int = 1, config: str = "zero2", check: bool = True):

@@ -50,8 +50,9 @@ def test_accumulation_steps_give_the_same_losses(one_rank, accumulated):
 
 @pytest.mark.slow
 def test_codebooks_do_not_depend_on_how_the_first_batch_was_split(one_rank, two_ranks, accumulated):
-    """k-means sees the first batch of all ranks; the cold start's latents are equal to the last digit, and so are codes."""
-    first, *others = (load(run / "models/iteration-1").tokenizer.quantizer for run in (one_rank, two_ranks, accumulated))
+    """k-means sees the first batch of all ranks, in the order of its positions."""
+    runs = (one_rank, two_ranks, accumulated)
+    first, *others = (load(run / "models/iteration-1").tokenizer.quantizer for run in runs)
     for other in others:
         torch.testing.assert_close(other.codebooks, first.codebooks, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(other.cluster_size, first.cluster_size)
@@ -61,7 +62,12 @@ def test_codebooks_do_not_depend_on_how_the_first_batch_was_split(one_rank, two_
 def test_a_killed_rank_ends_the_job_with_one_clear_line(tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen(
-        command(run, "phases.1.steps=5000", ranks=2), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(run, "phases.1.steps=5000", ranks=2),
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():

@@ -25,7 +25,12 @@ def undisturbed(tmp_path_factory) -> Path:
 def start_and_signal(run: Path, rows_seen: int, number: int, ranks: int = 1) -> tuple[int, str]:
     """Starts a run and sends it a signal once it has written so many rows of metrics."""
     process = subprocess.Popen(
-        command(run, ranks=ranks), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(run, ranks=ranks),
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     metrics = run / "metrics.jsonl"
     deadline = time.monotonic() + 120

@@ -15,8 +15,9 @@ from launching import ROOT, environment, free_port
 def report(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("zero")
     launcher = str(Path(sys.executable).with_name("deepspeed"))
+    worker = str(Path(__file__).with_name("zero_worker.py"))
     done = subprocess.run(
-        [launcher, "--num_gpus", "2", "--master_port", str(free_port()), str(Path(__file__).with_name("zero_worker.py")), str(folder)],
+        [launcher, "--num_gpus", "2", "--master_port", str(free_port()), worker, str(folder)],
         env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

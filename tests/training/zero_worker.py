@@ -52,7 +52,7 @@ def step(engine, job, ranks: Ranks, number: int) -> float:
     share = 4 // ranks.world
     batch = {"values": values[ranks.rank * share : (ranks.rank + 1) * share]}
     set_learning_rate(engine, 1e-3)
-    loss, metrics, _ = engine(*job.inputs(batch))
+    loss, *_ = engine(*job.inputs(batch))
     engine.backward(loss)
     engine.step()
     job.after_step(ranks.all_reduce)

@@ -1,0 +1,83 @@
+"""Settings that refuse what they do not know, and say what was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, keyword-only, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that cannot be honoured; the message says where, what and what to do."""
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for an unknown word, or the list of known ones when nothing is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+
+
+def parse_settings(cls: type[SettingsT], mapping: Mapping[str, Any], where: str) -> SettingsT:
+    """Builds settings from plain data.
+
+    Raises:
+        RecipeError: one line per fault, naming `where`, the key, what was found and what was expected.
+    """
+    try:
+        return cls.model_validate(dict(mapping))
+    except ValidationError as error:
+        lines = [_explain(cls, detail, where) for detail in error.errors()]
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _explain(cls: type[Settings], detail: Any, where: str) -> str:
+    loc = detail["loc"]
+    # Behind a position in a list stands the kind of its element, which is no key.
+    path = [part for i, part in enumerate(loc) if not (i and isinstance(loc[i - 1], int) and i < len(loc) - 1)]
+    key = ".".join(str(part) for part in path) or "(whole)"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{key}'{nearest(str(loc[-1]), _known_keys(cls, loc[:-1]))}"
+    if detail["type"] == "missing":
+        return f"{where}: '{key}' is missing; add it"
+    if detail["type"] == "value_error" or not path:
+        return f"{where}: {key}: {message}"
+    return f"{where}: '{key}' = {detail['input']!r}: {message}"
+
+
+def _known_keys(cls: type[Settings], loc: tuple[int | str, ...]) -> set[str]:
+    """Field names of the settings class that `loc` leads to."""
+    classes: list[Any] = [cls]
+    for part in loc:
+        below: list[Any] = []
+        for owner in classes:
+            if part in owner.model_fields:
+                below += _settings_in(owner.model_fields[part].annotation)
+        classes = below or classes
+        tagged = [
+            c for c in classes if "kind" in c.model_fields and part in get_args(c.model_fields["kind"].annotation)
+        ]
+        classes = tagged or classes
+    return {name for owner in classes for name in owner.model_fields}
+
+
+def _kinds(owner: Any) -> tuple[Any, ...]:
+    return get_args(owner.model_fields["kind"].annotation)
+
+
+def _settings_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    return [found for argument in get_args(annotation) for found in _settings_in(argument)]
