@@ -122,8 +122,8 @@ class Stream:
 def dead_worker(error: Exception) -> ShardError:
     """The one line for a loader process that died.
 
-    torch raises ``RuntimeError: DataLoader worker (pid …) …`` from a signal handler, so it may also come up in the middle
-    of what is done between two micro-batches: whoever consumes the stream may turn it into this.
+    torch raises ``RuntimeError: DataLoader worker (pid …) …`` from a signal handler, so it may also come up in the
+    middle of what is done between two micro-batches: whoever consumes the stream may turn it into this.
     """
     said = " ".join(str(error).split())[:200]
     fix = "Try fewer data.workers, or a larger /dev/shm (docker: --shm-size)"
