@@ -112,9 +112,10 @@ def _error(error: Exception) -> dict[str, Any]:
 def _picture(modality: Modality, data: bytes) -> tuple[dict[str, Any], bytes]:
     """The first windows for people: one PNG, windows (and the frames of a film) side by side."""
     strips: list[np.ndarray] = []
-    frames = 0
+    frames = steps = 0
     for clip in _first(modality.windows(data), PICTURE_WINDOWS):
         picture = modality.picture(clip)
+        steps += clip.valid
         if picture.ndim == 4:
             kept = picture[: max(1, round(len(picture) * clip.valid / clip.grid[modality.axes[0]]))]
             step = max(1, kept.shape[1] // PICTURE_HEIGHT)
@@ -127,7 +128,7 @@ def _picture(modality: Modality, data: bytes) -> tuple[dict[str, Any], bytes]:
     strip = np.concatenate(strips, axis=1)
     file = io.BytesIO()
     Image.fromarray(strip).save(file, "PNG", compress_level=1)
-    return {"done": True, "frames": frames or 1, "width": strip.shape[1], "height": strip.shape[0]}, file.getvalue()
+    return {"done": True, "frames": frames or 1, "steps": steps}, file.getvalue()
 
 
 def _first(clips: Iterator[Clip], count: int) -> Iterator[Clip]:

@@ -42,7 +42,7 @@ async function tokenize(chosen) {
     ]);
     if (!codes.ok) throw new Error(await problemOf(codes));
     clip = (await codes.json()).clips[0];
-    clip.frames = Number(picture.headers.get("X-Bridle-Frames") || 1);
+    clip.shown = Number(picture.headers.get("X-Bridle-Steps") || 0);
     await showPicture(picture);
   } catch (error) {
     say(error.message, true);
@@ -89,8 +89,10 @@ function show(name) {
   by("caption").textContent = timed
     ? "Above: the content. Below: one layer for each codebook, coarse to fine; each colour is a code."
     : "First: the content. Then one layer for each codebook, coarse to fine; each colour is a code.";
-  drawLayers();
   const { steps, perStep } = shape();
+  by("picture").style.width = timed && clip.shown ? `${(100 * Math.min(clip.shown / steps, 1)).toFixed(3)}%` : "";
+  if (timed && clip.shown < steps) by("caption").textContent += " The content is shown for the beginning only.";
+  drawLayers();
   by("scrub").max = String((timed ? steps : perStep) - 1);
   by("scrub").value = "0";
   by("result").hidden = false;
@@ -124,7 +126,8 @@ function drawLayers() {
       pen.fillRect(column, row, 1, 1);
     });
     const layer = Object.assign(document.createElement("div"), { className: "layer", id: `layer-${book}` });
-    layer.append(canvas, Object.assign(document.createElement("span"), { textContent: `codebook ${book}` }));
+    const mark = Object.assign(document.createElement("div"), { className: "mark" });
+    layer.append(canvas, mark, Object.assign(document.createElement("span"), { textContent: `codebook ${book}` }));
     layers.push(layer);
     const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: true, id: `book-${book}` });
     box.addEventListener("change", () => { layer.hidden = !box.checked; });
@@ -146,7 +149,14 @@ function scrub() {
     where = clip.duration_s === null ? `step ${at}` : `${(clip.duration_s * at / steps).toFixed(2)} s`;
   } else {
     const columns = Object.values(clip.grid)[1];
+    const rows = perStep / columns;
     where = `row ${Math.floor(at / columns)}, column ${at % columns}`;
+    document.querySelectorAll(".mark").forEach((mark) => {
+      mark.style.left = `${100 * (at % columns) / columns}%`;
+      mark.style.top = `${100 * Math.floor(at / columns) / rows}%`;
+      mark.style.width = `${100 / columns}%`;
+      mark.style.height = `${100 / rows}%`;
+    });
   }
   by("scrub").setAttribute("aria-valuetext", where);
   const from = timed ? at * perStep : at, to = timed ? Math.min(from + perStep, from + 16) : at + 1;

@@ -121,7 +121,10 @@ async def encode(request: Request, service: TheService, parameters: Annotated[En
     openapi_extra=FILES,
 )
 async def picture(request: Request, service: TheService, parameters: Annotated[Parameters, Query()]) -> Response:
-    """One file as a model sees it: a spectrogram, a picture, or a film's frames side by side (X-Bridle-Frames)."""
+    """The beginning of a file as a model sees it: a spectrogram, a picture, or a film's frames side by side.
+
+    Headers: X-Bridle-Frames, the frames shown; X-Bridle-Steps, the positions along the first axis that it covers.
+    """
     negotiate(request.headers.get("accept"), ("image/png",))
     with service.admission.request() as places:
         job = _Job(request, service, parameters, places)
@@ -130,7 +133,8 @@ async def picture(request: Request, service: TheService, parameters: Annotated[P
             raise ProblemError("wrong-parameter", f"{len(files)} files, expected one", clip=1)
         (file, models), *_ = files
         header, png = (await while_wanted(request, each_clip([_picture(models, file)]), job.deadline))[0]
-        return Response(png, headers={"X-Bridle-Frames": str(int(header["frames"]))}, media_type="image/png")
+        measures = {"X-Bridle-Frames": str(int(header["frames"])), "X-Bridle-Steps": str(int(header["steps"]))}
+        return Response(png, headers=measures, media_type="image/png")
 
 
 async def _picture(models: list[Deployment], file: bytearray) -> tuple[dict[str, Any], bytes]:

@@ -1,0 +1,166 @@
+"""The playground in a real browser: what a person sees after dropping a sound, a picture or a film, by keyboard too."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from running_service import Server, serving
+from small_models import write_model
+
+from bridle.model_folder import load
+
+pytest.importorskip("selenium")
+
+from conftest import sample_files
+from selenium import webdriver
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs Debian's chromium and chromium-driver")
+FILES = {"audio": ("audio", ("flac",)), "image": ("image", ("jpg", "png")), "video": ("video", ("mp4",))}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("three")
+    return {modality: write_model(folder / modality, modality) for modality in FILES}
+
+
+@pytest.fixture(scope="module")
+def all_three(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("play"), *folders.values(), decode_workers=1) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(BROWSER)
+    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1100,1300"):
+        options.add_argument(word)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+def status_of(browser: webdriver.Chrome) -> str:
+    return browser.find_element(By.ID, "status").text
+
+
+def wait(browser: webdriver.Chrome, words: str) -> None:
+    WebDriverWait(browser, 60).until(lambda b: words in status_of(b), f"the status stayed {status_of(browser)!r}")
+
+
+def tokenize(browser: webdriver.Chrome, server: Server, path: Path) -> None:
+    browser.get(server.url + "/")
+    WebDriverWait(browser, 30).until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#model option")) == 4)
+    browser.find_element(By.ID, "file").send_keys(str(path))
+    wait(browser, "Done")
+
+
+@pytest.mark.parametrize("modality", FILES)
+def test_a_file_shows_its_picture_and_a_layer_for_each_codebook(
+    browser: webdriver.Chrome, all_three: Server, folders: dict[str, Path], modality: str, tmp_path: Path
+) -> None:
+    name, extensions = FILES[modality]
+    path = tmp_path / f"it's a {modality}.{extensions[0]}"
+    path.write_bytes(max(sample_files(name, extensions, 20), key=len))
+    stream = load(folders[modality]).tokenize(path)
+    tokenize(browser, all_three, path)
+
+    facts = browser.find_element(By.ID, "facts").text
+    assert f"{modality}-test" in facts
+    assert all(f"{axis} {size}" in facts for axis, size in stream.grid.items())
+    picture = browser.find_element(By.ID, "picture")
+    assert browser.execute_script("return arguments[0].naturalWidth", picture) >= 64
+    assert picture.get_attribute("alt")
+    layers = browser.find_elements(By.CSS_SELECTOR, "#layers canvas")
+    assert len(layers) == 4
+    colours = (
+        "const d = arguments[0].getContext('2d').getImageData(0, 0, arguments[0].width, arguments[0].height).data;"
+    )
+    colours += "return new Set(Array.from({length: d.length / 4}, (_, i) => d.slice(4 * i, 4 * i + 3).join())).size"
+    for book, layer in enumerate(layers):
+        different = len(stream.codes[:, book].unique())
+        assert layer.get_attribute("aria-label") == f"Codebook {book}: {different} different codes"
+        assert 0.5 * different <= browser.execute_script(colours, layer) <= different
+
+    browser.find_element(By.CSS_SELECTOR, "[data-copy=codes]").click()
+    wait(browser, "codes")
+    assert json.loads(browser.find_element(By.ID, "copied").get_property("value")) == stream.codes.T.tolist()
+    browser.find_element(By.CSS_SELECTOR, "[data-copy=curl]").click()
+    wait(browser, "curl")
+    command = browser.find_element(By.ID, "copied").get_property("value")
+    assert command.startswith(f"curl --data-binary '@it'\\''s a {modality}") and all_three.url + "/tokenize" in command
+    if folder := os.environ.get("BRIDLE_SCREENSHOTS"):
+        browser.save_screenshot(f"{folder}/playground-{modality}.png")
+    wrong = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]  # type: ignore[no-untyped-call]
+    assert wrong == []
+
+
+def test_everything_is_reached_and_worked_by_keyboard(
+    browser: webdriver.Chrome, all_three: Server, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "sound.flac"
+    path.write_bytes(max(sample_files("audio", ("flac",), 20), key=len))
+    codes = load(folders["audio"]).tokenize(path).codes
+    tokenize(browser, all_three, path)
+    reached = []
+    ActionChains(browser).send_keys(Keys.TAB).perform()
+    for _ in range(25):
+        active = browser.switch_to.active_element
+        reached.append(active.get_attribute("id") or active.get_attribute("data-copy"))
+        named = "return arguments[0].labels?.length > 0 || arguments[0].textContent.trim().length > 0"
+        assert browser.execute_script(named, active), reached[-1]
+        if active.get_attribute("id") == "scrub":
+            before = browser.find_element(By.ID, "here").text
+            active.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+            after = browser.find_element(By.ID, "here").text
+            assert after != before
+            assert "codebook 0: " + " ".join(str(int(code)) for code in codes[16:24, 0]) in after
+            assert active.get_attribute("aria-valuetext").endswith(" s")
+        if active.get_attribute("id") == "book-0":
+            active.send_keys(Keys.SPACE)
+            assert not browser.find_element(By.ID, "layer-0").is_displayed()
+        if active.get_attribute("data-copy") == "ids":
+            active.send_keys(Keys.ENTER)
+            wait(browser, "ids")
+            copied = browser.find_element(By.ID, "copied").get_property("value").split()
+            assert len(copied) == codes.numel()
+        if reached[-1] == "copied":
+            break
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+    wanted = {
+        "file",
+        "record",
+        "model",
+        "scrub",
+        "book-0",
+        "book-3",
+        "layout",
+        "offset",
+        "codes",
+        "ids",
+        "text",
+        "curl",
+    }
+    assert wanted <= set(reached)
+    Select(browser.find_element(By.ID, "model")).select_by_value("image-test")
+    wait(browser, "No loaded model takes this kind of content")
+
+
+def test_the_api_page_lists_every_route(browser: webdriver.Chrome, all_three: Server) -> None:
+    browser.get(all_three.url + "/docs")
+    WebDriverWait(browser, 30).until(lambda b: b.find_elements(By.CLASS_NAME, "operation"))
+    titles = [title.text for title in browser.find_elements(By.CSS_SELECTOR, ".operation h2")]
+    assert {"POST /tokenize", "POST /encode", "POST /dequantize", "GET /info"} <= set(titles)
