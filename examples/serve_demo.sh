@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Serves the model that `make demo` trained, asks it once, and leaves it running for the playground.
+set -euo pipefail
+model="${1:-runs/audio-mini/models/final}"
+port="${PORT:-8000}"
+[ -f "$model/config.json" ] || { echo "no model in $model; run: make demo" >&2; exit 1; }
+
+bridle serve "$model" --port "$port" &
+service=$!
+trap 'kill -TERM "$service" 2>/dev/null; wait "$service"' EXIT
+until curl -fs -o /dev/null "http://127.0.0.1:$port/readyz"; do
+  kill -0 "$service" || exit 1
+  sleep 0.5
+done
+
+sound="$(mktemp --suffix=.wav)"
+python3 -c '
+import math, struct, sys, wave
+with wave.open(sys.argv[1], "wb") as out:
+    out.setparams((1, 2, 16000, 0, "NONE", ""))
+    out.writeframes(b"".join(struct.pack("<h", int(9000 * math.sin(i * i / 2e5))) for i in range(32000)))
+' "$sound"
+echo "Two seconds of a rising tone, as codes:"
+curl -fsS --data-binary @"$sound" "http://127.0.0.1:$port/tokenize"
+rm -f "$sound"
+echo
+echo "Playground: http://127.0.0.1:$port/   (Ctrl-C ends it)"
+[ -n "${ONCE:-}" ] || wait "$service"
