@@ -105,11 +105,26 @@ class MaskSettings(Settings):
     """Share of patches hidden."""
 
 
+WEIGHTS = (0.001, 1000.0)
+"""Least and largest weight of a source."""
+
+
+class DataSource(Settings):
+    """One of several sources that are mixed."""
+
+    shards: Annotated[list[str], Field(min_length=1)]
+    """As `data.shards`."""
+    weight: Annotated[float, Field(strict=True, ge=WEIGHTS[0], le=WEIGHTS[1], allow_inf_nan=False)] = 1.0
+    """How often an epoch sees each sample of this source: 2 twice, 0.5 every other epoch."""
+
+
 class DataSettings(Settings):
     """Where clips come from and how they are read."""
 
     shards: list[str] | None = None
     """Paths, globs or brace patterns; local, s3://, https:// or pipe:. `builtin:MODALITY` is the sample that ships."""
+    sources: Annotated[list[DataSource], Field(min_length=1)] | None = None
+    """Instead of `shards`: several sources, each with a weight."""
     heldout: list[str] | None = None
     """The same, for the clips that only evaluation sees; none: no held-out evaluation."""
     workers: Annotated[int, Field(ge=0)] = 2
@@ -124,6 +139,17 @@ class DataSettings(Settings):
     """Folder for remote shards; default: the user's cache folder."""
     cache_gb: Annotated[float, Field(gt=0)] = 50.0
     """Bound on that folder, in gigabytes (10^9 bytes)."""
+
+    @model_validator(mode="after")
+    def _shards_or_sources(self) -> DataSettings:
+        if self.shards is not None and self.sources is not None:
+            raise ValueError("give either data.shards or data.sources; set the other one to null")
+        return self
+
+    @property
+    def mixture(self) -> list[DataSource]:
+        """What to train on, whichever way it was given; empty where nothing was."""
+        return self.sources or ([DataSource(shards=self.shards)] if self.shards else [])
 
 
 class TrainSettings(Settings):

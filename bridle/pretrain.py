@@ -31,7 +31,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--recipe", default="audio-mini", metavar="NAME|FILE", help="shipped name or YAML file (default: audio-mini)"
     )
     parser.add_argument(
-        "--data", nargs="+", metavar="SHARDS", help="paths, globs or braces; local, s3://, https://, pipe:"
+        "--data",
+        nargs="+",
+        metavar="SHARDS[@WEIGHT]",
+        help="paths, globs or braces; local, s3://, https://, pipe:; several are mixed by their weights",
     )
     parser.add_argument("--heldout", nargs="+", metavar="SHARDS", help="the same, for evaluation between phases")
     parser.add_argument("--run", metavar="DIR", help="run folder; resumes from it (default: runs/RECIPE)")
@@ -83,12 +86,26 @@ def pretrain(args: argparse.Namespace) -> int:
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """`dotted.key=value` overrides of the whole command line; --data without --heldout means no held-out clips."""
+    """`dotted.key=value` overrides of the whole command line; --data without --heldout means no held-out clips.
+
+    With a weight anywhere in --data each word is a source of its own, without one all words are one list of shards.
+
+    Raises:
+        RecipeError: a weight that is none.
+    """
+    from bridle.data.patterns import split_weight
+
     given = {"shards": args.data or [], "heldout": args.heldout or []}
     trailing = [word for words in given.values() for word in words if OVERRIDE.match(word)]
     given = {key: [word for word in words if not OVERRIDE.match(word)] for key, words in given.items()}
     data = [f"data.{key}={json.dumps(words)}" for key, words in given.items() if words]
-    if given["shards"] and not given["heldout"]:
+    weighted = [split_weight(word) for word in given["shards"]]
+    if any(weight is not None for _, weight in weighted):
+        sources = [{"shards": [word], "weight": 1.0 if weight is None else weight} for word, weight in weighted]
+        data += ["data.shards=null", f"data.sources={json.dumps(sources)}"]
+    elif weighted:
+        data.append("data.sources=null")
+    if weighted and not given["heldout"]:
         data.append("data.heldout=null")
     return [*data, *trailing, *args.overrides]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import glob
 import logging
+import math
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,9 +13,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
+from bridle.config import WEIGHTS
 from bridle.data import fetch
 from bridle.data.errors import ShardError
-from bridle.settings import nearest
+from bridle.settings import RecipeError, nearest
 
 log = logging.getLogger(__name__)
 REMOTE = ("s3://", "http://", "https://", "pipe:")
@@ -33,6 +36,28 @@ def shown(url: str) -> str:
         return url
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def split_weight(word: str) -> tuple[str, float | None]:
+    """``music/*.tar@2.5`` as the pattern and its weight; none without one.
+
+    A weight is what follows the last ``@``, unless that holds a ``/`` or a space or ends in ``.tar``.
+
+    Raises:
+        RecipeError: it is no number, or out of bounds.
+    """
+    pattern, mark, text = word.rpartition("@")
+    if not mark or re.search(r"[/\s]|\.tar$", text):
+        return word, None
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not WEIGHTS[0] <= weight <= WEIGHTS[1]:
+        expected = f"a number from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}"
+        fix = f"if '@{text}' belongs to the name, write '{word}@1'"
+        raise RecipeError(f"shards '{word}': weight '{text}' is not {expected} ({fix})")
+    return pattern, weight
 
 
 def expand(patterns: Sequence[str]) -> list[str]:

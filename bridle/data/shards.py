@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tarfile
 from bisect import bisect_right
@@ -11,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +22,7 @@ import numpy as np
 from bridle.data import index
 from bridle.data.cache import ShardCache
 from bridle.data.errors import SampleError, ShardError
+from bridle.data.order import Source
 from bridle.data.patterns import expand, is_remote, shown
 
 log = logging.getLogger(__name__)
@@ -110,6 +113,36 @@ def open_shards(
     return ShardSet(shards, wanted, shard_cache)
 
 
+def open_mixture(
+    sources: Sequence[tuple[Sequence[str], float]],
+    *,
+    extensions: Sequence[str],
+    cache: str | None = None,
+    cache_gb: float = 50.0,
+) -> ShardSet:
+    """Several sources as one set, each as (patterns, weight); an epoch sees every sample of a source `weight` times.
+
+    A weight counts as the decimal number that it is written as: 0.1 is exactly one in ten.
+
+    Raises:
+        ShardError: see `open_shards`; a shard in two sources; a weight that is not above 0.
+    """
+    opened = [open_shards(patterns, extensions=extensions, cache=cache, cache_gb=cache_gb) for patterns, _ in sources]
+    owners: dict[str, int] = {}
+    for number, found in enumerate(opened):
+        for shard in found.shards:
+            if owners.setdefault(shard.url, number) != number:
+                both = f"sources {owners[shard.url]} and {number} (they count from 0)"
+                raise ShardError(f"{shown(shard.url)}: belongs to {both}; name each shard in one source")
+    weights = [weight for _, weight in sources]
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ShardError(f"weights {weights} of the sources must be numbers above 0")
+    parts = [
+        Source(len(found.shards), Fraction(repr(float(weight)))) for found, weight in zip(opened, weights, strict=True)
+    ]
+    return ShardSet([shard for found in opened for shard in found.shards], opened[0].extensions, opened[0].cache, parts)
+
+
 def _index_of(url: str, cache: ShardCache) -> tuple[Path, index.Header]:
     return cache.index_of(url) if is_remote(url) else local_index(Path(url), cache)
 
@@ -166,10 +199,13 @@ class ShardSet:
     Attributes:
         shards: `Shard` of each URL, in order.
         extensions: wanted members, by preference.
+        sources: runs of neighbouring shards with the weights of their samples; without any, all weigh 1.
     """
 
-    def __init__(self, shards: list[Shard], extensions: tuple[str, ...], cache: ShardCache) -> None:
-        self.shards, self.extensions, self.cache = shards, extensions, cache
+    def __init__(
+        self, shards: list[Shard], extensions: tuple[str, ...], cache: ShardCache, sources: Sequence[Source] = ()
+    ) -> None:
+        self.shards, self.extensions, self.cache, self.sources = shards, extensions, cache, sources
         self._ends = list(accumulate(shard.count for shard in shards))
         self._names = [shown(shard.url) for shard in shards]
         self._lines: dict[int, np.ndarray] = {}

@@ -58,7 +58,7 @@ class Stream:
         self, shards: ShardSet, make: Make, *, seed: int, block: int, window: int, shuffle: bool = True
     ) -> None:
         self.shards, self.make, self.seed = shards, make, seed
-        self.order = SampleOrder(shards.counts, seed, block, window, shuffle)
+        self.order = SampleOrder(shards.counts, seed, block, window, shuffle, shards.sources)
         largest = max(shards.counts)
         if shards.remote_bytes > shards.cache.limit and block < largest:
             log.warning(
@@ -202,10 +202,10 @@ class _Positions(Dataset[Any]):
     def _make(self, position: int, corrupt: list[Corrupt]) -> dict[str, torch.Tensor]:
         stream = self.stream
         epoch, sample = stream.order.locate(position)
-        count = len(stream.order)
-        for distance in range(min(count, SUCCESSORS)):
+        begin, end = stream.order.begin(epoch), stream.order.begin(epoch + 1)
+        for distance in range(min(end - begin, SUCCESSORS)):
             if distance:  # wraps within the epoch
-                _, sample = stream.order.locate(epoch * count + (position + distance) % count)
+                _, sample = stream.order.locate(begin + (position - begin + distance) % (end - begin))
             rng = np.random.default_rng((stream.seed, epoch, position))
             try:
                 return stream.make(stream.shards.read(sample, meta=False).data, rng)

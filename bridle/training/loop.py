@@ -56,8 +56,8 @@ class Length:
     warmup: int
 
     @classmethod
-    def of(cls, phase: TrainedPhase, samples: int, batch_size: int) -> Length:
-        """From epochs over `samples` clips, or from steps as given."""
+    def of(cls, phase: TrainedPhase, samples: float, batch_size: int) -> Length:
+        """From epochs of `samples` clips (the mean, where sources are mixed), or from steps as given."""
         if phase.steps is not None:
             total = phase.steps
         else:

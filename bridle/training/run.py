@@ -15,8 +15,8 @@ import yaml
 from torch import Tensor
 
 from bridle import __version__
-from bridle.config import ColdStartPhase, EncoderPhase, Recipe, TokenizerPhase
-from bridle.data.shards import ShardSet, open_shards
+from bridle.config import ColdStartPhase, DataSource, EncoderPhase, Recipe, TokenizerPhase
+from bridle.data.shards import ShardSet, open_mixture
 from bridle.data.stream import Stream
 from bridle.files import whole_file, write_json
 from bridle.modalities import build_modality
@@ -63,8 +63,8 @@ class PretrainingRun:
         self.ds_config = resolve_ds_config(ds_config, where, recipe.train, ranks.world)
         self.bf16 = uses_bf16(self.ds_config)
         self.components = Components(recipe.model, patch_shape(self.modality))
-        self.shards = self._open(recipe.data.shards)
-        self.heldout = self._open(recipe.data.heldout) if recipe.data.heldout else None
+        self.shards = self._open(recipe.data.mixture)
+        self.heldout = self._open([DataSource(shards=recipe.data.heldout)]) if recipe.data.heldout else None
         check_same_recipe(folder, recipe)
 
     def run(self) -> None:
@@ -91,14 +91,19 @@ class PretrainingRun:
             if run_log is not None:
                 run_log.close()
 
-    def _open(self, patterns: list[str] | None) -> ShardSet:
+    def _open(self, sources: list[DataSource]) -> ShardSet:
         data = self.recipe.data
-        if not patterns:
+        if not sources:
             raise RecipeError(
                 "data.shards is empty: name tar shards with --data (paths, globs, s3://, https://, pipe:),"
                 f" or --data builtin:{self.recipe.modality} for the sample that ships"
             )
-        return open_shards(patterns, extensions=self.modality.extensions, cache=data.cache, cache_gb=data.cache_gb)
+        return open_mixture(
+            [(source.shards, source.weight) for source in sources],
+            extensions=self.modality.extensions,
+            cache=data.cache,
+            cache_gb=data.cache_gb,
+        )
 
     def _checkpoints(self, index: int) -> PhaseCheckpoints:
         return PhaseCheckpoints(self.folder, index, self.recipe.phases[index].kind)
@@ -170,9 +175,10 @@ class PretrainingRun:
         if run_log is not None:
             run_log.forget_after(index, position.step)
             log.info("[%d %s] %s; from step %d", index, job.kind, sizes, position.step)
-        length = Length.of(phase, len(self.shards), self.recipe.train.batch_size)
+        stream = self._stream(index, job.masked)
+        length = Length.of(phase, float(stream.order.samples_per_epoch), self.recipe.train.batch_size)
         position = PhaseRun(
-            index, phase, job, engine, self._stream(index, job.masked), self._heldout_stream(job.masked), length,
+            index, phase, job, engine, stream, self._heldout_stream(job.masked), length,
             self.recipe.train, self.recipe.data, self.ranks, checkpoints, run_log, stop,
         ).run(position)  # fmt: skip
         checkpoints.finish(part_states(engine, job.parts, self.ranks), position, self.ranks)

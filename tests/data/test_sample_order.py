@@ -15,7 +15,7 @@ seeds = st.integers(0, 2**32)
 
 
 def epoch_of(order: SampleOrder, epoch: int) -> list[int]:
-    located = [order.locate(epoch * len(order) + i) for i in range(len(order))]
+    located = [order.locate(position) for position in range(order.begin(epoch), order.begin(epoch + 1))]
     assert {found for found, _ in located} == {epoch}
     return [sample for _, sample in located]
 
@@ -70,8 +70,8 @@ def test_upcoming_shards_hold_the_sample_at_hand(
 
 def test_a_million_samples_stand_once_each() -> None:
     order = SampleOrder([1000] * 1000, 5, 16, 64)
-    seen = np.zeros(len(order), dtype=bool)
-    for position in range(len(order)):
+    seen = np.zeros(1_000_000, dtype=bool)
+    for position in range(order.begin(1)):
         seen[order.locate(position)[1]] = True
     assert seen.all()
 
