@@ -1,0 +1,160 @@
+"""Wrong settings are refused in one line that says what was meant; nothing is ignored."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from launching import TINY, pretrain
+
+from bridle import pretrain as door
+from bridle.config import TrainSettings, load_recipe, shipped_recipes
+from bridle.modalities import build_modality
+from bridle.settings import RecipeError
+from bridle.training.engine import learning_rate, resolve_ds_config, split_batch, uses_bf16
+from bridle.training.loop import Length
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert door.main(["--deepspeed_config", "ds_configs/zero2.json", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--recipe", "audoi-mini"], "did you mean 'audio-mini'?"),
+        (["--recipe", "nowhere.yaml"], "no such file"),
+        (["train.bach_size=8"], "did you mean 'batch_size'?"),
+        (["model.encoder.widht=8"], "did you mean 'width'?"),
+        (["phases.1.epoch=3"], "did you mean 'epochs'?"),
+        (["train.batch_size=many"], "train.batch_size"),
+        (["phases.7.lr=1"], "no position in a list of 4"),
+        (["nonsense"], "expected dotted.key=value"),
+        (["model.encoder.heads=5"], "does not divide width"),
+        (["phases.1.epochs=3"], "either epochs or steps"),
+        (["phases.0.kind=encoder", "phases.0.lr=1", "phases.0.steps=1"], "begin with cold_start"),
+        (["model.quantizer.norm=always"], "model.quantizer.norm"),
+    ],
+)
+def test_a_wrong_argument_is_one_clear_line(capsys, arguments, expected):
+    assert expected in refused(capsys, *arguments)
+
+
+def test_a_string_is_no_boolean():
+    settings = {**load_recipe("audio-mini").clip, "roll": "perhaps"}
+    with pytest.raises(RecipeError, match="roll"):
+        build_modality("audio", settings)
+
+
+def test_a_modality_refuses_unknown_keys_too():
+    with pytest.raises(RecipeError, match="did you mean 'seconds'"):
+        build_modality("audio", {"secnods": 3})
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads_with_its_modality(name):
+    recipe = load_recipe(name)
+    assert build_modality(recipe.modality, recipe.clip).name == recipe.modality
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_deepspeed_file_that_is_no_json_object_is_named(tmp_path, capsys, text):
+    file = tmp_path / "ds.json"
+    file.write_text(text)
+    assert door.main(["--deepspeed_config", str(file)]) == 2
+    assert str(file) in capsys.readouterr().err
+
+
+def test_a_deepspeed_file_that_asks_for_float16_is_refused(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"fp16": {"enabled": true}}')
+    done = pretrain(tmp_path / "run", config=str(file), check=False)
+    assert done.returncode == 2
+    assert "use bf16.enabled" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+TRAIN = TrainSettings(batch_size=16, micro_batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("given_config", "expected"),
+    [
+        ({"train_batch_size": 32}, "train_batch_size = 32 conflicts with the recipe's train.batch_size"),
+        ({"train_micro_batch_size_per_gpu": 8}, "train.micro_batch_size"),
+        ({"gradient_clipping": 5.0}, "train.gradient_clipping"),
+        ({"optimizer": {"type": "Adam"}}, "'optimizer' conflicts"),
+        ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' conflicts"),
+        ({"bf16": {"enabled": True}}, "stage to 1"),
+    ],
+)
+def test_what_recipe_and_deepspeed_both_name_is_a_conflict_that_names_both(given_config, expected):
+    with pytest.raises(RecipeError, match=r"my\.json") as error:
+        resolve_ds_config(given_config, "my.json", TRAIN, world=2)
+    assert expected in str(error.value)
+
+
+def test_the_recipe_fills_what_deepspeed_leaves_open():
+    filled = resolve_ds_config({"train_batch_size": "auto", "zero_optimization": {"stage": 1}}, "x", TRAIN, world=2)
+    assert (filled["train_batch_size"], filled["train_micro_batch_size_per_gpu"]) == (16, 4)
+    assert filled["gradient_accumulation_steps"] == 2
+    assert not uses_bf16(filled)
+    assert uses_bf16({"torch_autocast": {"enabled": True}})
+
+
+@given(st.integers(1, 64), st.integers(1, 8), st.one_of(st.none(), st.integers(1, 16)))
+def test_a_batch_is_split_without_a_rest_or_refused(batch_size, world, micro):
+    train = TrainSettings(batch_size=batch_size, micro_batch_size=micro)
+    try:
+        size, steps = split_batch(train, world)
+    except RecipeError:
+        assert batch_size % world or (batch_size // world) % min(micro or batch_size, batch_size // world)
+    else:
+        assert size * steps * world == batch_size
+
+
+@given(st.integers(1, 500), st.integers(0, 100), st.floats(1e-6, 1.0))
+def test_the_learning_rate_rises_to_its_peak_and_falls_towards_zero(total, warmup, peak):
+    warmup = min(warmup, total)
+    rates = [learning_rate(peak, step, warmup, total) for step in range(total)]
+    assert all(a < b for a, b in itertools.pairwise(rates[:warmup]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[warmup:]))
+    assert max(rates) <= peak * (1 + 1e-9)
+    assert rates[min(warmup, total - 1)] == pytest.approx(peak) or warmup == total
+
+
+def test_epochs_count_clips():
+    phase = load_recipe("audio").phases[1]
+    length = Length.of(phase, samples=1_738_788 + 18_685, batch_size=1024)
+    assert length.total == math.ceil(130 * 1_757_473 / 1024)
+    assert length.warmup == math.ceil(10 * 1_757_473 / 1024)
+
+
+def test_the_audio_recipe_is_table_5():
+    recipe = load_recipe("audio")
+    cold, first, tokenizer, second = recipe.phases
+    assert cold.kind == "cold_start"
+    assert (
+        (first.epochs, first.lr, first.warmup_epochs)
+        == (130, 5e-4, 10)
+        == (second.epochs, second.lr, second.warmup_epochs)
+    )
+    assert (tokenizer.epochs, tokenizer.lr, tokenizer.warmup_epochs) == (30, 2e-4, 2)
+    quantizer = recipe.model.quantizer
+    assert (quantizer.codebooks, quantizer.codebook_size, quantizer.dim, quantizer.decay) == (4, 256, 256, 0.99)
+    assert (quantizer.init, quantizer.kmeans_iterations, quantizer.reset_threshold) == ("kmeans", 10, 1)
+    assert (recipe.mask.kind, recipe.mask.ratio) == ("random", 0.8)
+    assert (recipe.train.weight_decay, recipe.train.betas) == (1e-4, (0.9, 0.95))
+    assert recipe.train.batch_size == 16 * 8 * 8
+    clip = build_modality("audio", recipe.clip).settings
+    assert (clip.mean, clip.std, clip.frames) == (-4.4446096, 3.3216383, 1024)
+
+
+def test_the_tiny_recipe_of_these_tests_is_itself_valid():
+    assert load_recipe(str(TINY)).train.batch_size == 8
