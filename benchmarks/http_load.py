@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -31,6 +32,7 @@ class Running:
             except OSError:
                 pass
             time.sleep(0.2)
+        self.__exit__()
         raise SystemExit("the server does not start")
 
     def __exit__(self, *_: object) -> None:
@@ -38,8 +40,10 @@ class Running:
         try:
             self._process.wait(15)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
             self._process.wait()
+        with contextlib.suppress(ProcessLookupError):  # LitServe leaves processes behind, which would burn on
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def family(self) -> dict[int, list[str]]:
         """The processes' rows of /proc/PID/stat from the third field on, by process id."""

@@ -25,7 +25,7 @@ class Tokenize(litserve.LitAPI):  # type: ignore[misc]
         torch.set_num_threads(self.threads)
         self.model = bridle.load(self.folder)
 
-    def decode_request(self, request: Any) -> Any:
+    def decode_request(self, request):  # type: ignore[no-untyped-def]  # LitServe reads annotations
         """A multipart form to the file's windows."""
         return [clip.values for clip in self.model.modality.windows(request["file"].file.read())]
 
@@ -46,7 +46,7 @@ class Tokenize(litserve.LitAPI):  # type: ignore[misc]
         """As they are."""
         return output
 
-    def encode_response(self, output: Any) -> Any:
+    def encode_response(self, output):  # type: ignore[no-untyped-def]
         """Windows of N lists of M codes."""
         return {"clips": output}
 
