@@ -84,7 +84,7 @@ def _tars(folder: Path, seconds: int, samples: int) -> ShardSet:
             sound, _ = soundfile.read(io.BytesIO(shipped.read(i % len(shipped)).data), dtype="int16", always_2d=True)
             source = folder / f"{i}.wav"
             soundfile.write(source, np.resize(sound[:, 0], seconds * RATE), RATE)
-            planned.append(Planned(f"{i:06d}", source, "wav", {"label": "x"}))
+            planned.append(Planned(f"{i:06d}", source, "wav", source.stat().st_size, {"label": "x"}))
         write_shard(folder / f"{number}.tar", planned)
         for sample in planned:
             sample.source.unlink()

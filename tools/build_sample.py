@@ -42,7 +42,7 @@ def main() -> int:
         chosen = list(_choose(args.src, folder, budget, licences))
         for split, samples in _split(chosen).items():
             shard = args.dst / f"{modality}-{split}-0000.tar"
-            header = write_shard(shard, samples)
+            header, _ = write_shard(shard, samples)
             print(f"{shard.name}: {header.samples} samples, {header.bytes} bytes", file=sys.stderr)
             for sample in samples:
                 row = licences[sample.source.relative_to(args.src).as_posix()]
@@ -61,7 +61,7 @@ def _choose(src: Path, folder: str, budget: int, licences: dict[str, dict[str, s
     queues = []
     for label in sorted(entry.name for entry in (src / folder).iterdir() if entry.is_dir()):
         samples = [
-            Planned(f"{label}/{file.stem}", file, file.suffix[1:].lower(), {"label": label})
+            Planned(f"{label}/{file.stem}", file, file.suffix[1:].lower(), file.stat().st_size, {"label": label})
             for file in sorted((src / folder / label).iterdir())
             if (name := file.relative_to(src).as_posix()) in licences and name not in LEFT_OUT
         ]

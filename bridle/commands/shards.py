@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bridle.data import index
-from bridle.data.build import build
+from bridle.data.build import Built, build
 from bridle.data.cache import ShardCache
 from bridle.data.check import Decode, check_shard
 from bridle.data.importers import IMPORTERS, Source, plan
@@ -19,6 +19,7 @@ from bridle.data.writer import write_index
 HELP = "build shards from a data set, index them, or check them"
 NAMED = 5
 REPORT_SECONDS = 2.0
+JOBS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     making.add_argument(
         "--samples-per-shard", type=_positive(int), metavar="N", help="close a shard after N samples too"
     )
-    making.add_argument("--segments", type=Path, metavar="CSV", help="audioset: the table, where SRC holds several")
+    making.add_argument(
+        "--table", type=Path, metavar="FILE", help="audioset, kinetics: the CSV; imagefolder: labels of a flat folder"
+    )
+    making.add_argument("--split", metavar="NAME", help="imagefolder, kinetics: train, val or test")
+    making.add_argument("--jobs", type=_positive(int), default=JOBS, metavar="N", help=f"shards at once ({JOBS})")
     indexing = actions.add_parser("index", help="build the index, with sha256, of each shard")
     checking = actions.add_parser("check", help="read every sample and report what is wrong")
     checking.add_argument("--modality", metavar="NAME", help="also decode every sample as audio, image or video")
@@ -48,18 +53,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    found = plan(args.kind, Source(args.src, args.segments))
-    total = len(found.samples)
-    print(f"{total} samples found, {found.ignored} other files left out", file=sys.stderr)
+    print(f"listing {args.src}", file=sys.stderr)
+    found = plan(args.kind, Source(args.src, args.table, args.split))
+    total, size = len(found.samples), sum(sample.size for sample in found.samples)
+    print(f"{total} samples of {size / 1e6:.1f} MB found, {found.ignored} other files left out", file=sys.stderr)
     began = last = time.monotonic()
 
-    def progress(samples: int, size: int) -> None:
+    def progress(done: Built) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= REPORT_SECONDS or samples == total:
-            rate = samples / max(now - began, 1e-9)
-            left = (total - samples) / max(rate, 1e-9)
-            print(f"{samples}/{total} samples, {size / 1e6:.0f} MB, {rate:.0f}/s, {left:.0f} s left", file=sys.stderr)
+        if now - last >= REPORT_SECONDS or done.samples == total:
+            seconds = max(now - began, 1e-9)
+            rate, speed = (done.samples - done.kept_samples) / seconds, (done.bytes - done.kept_bytes) / 1e6 / seconds
+            left = f"{(total - done.samples) / rate:.0f} s left" if rate else "checking what is there"
+            line = f"{done.samples}/{total} samples, {done.bytes / 1e6:.1f} MB, {rate:.0f}/s, {speed:.1f} MB/s, {left}"
+            print(line, file=sys.stderr)
             last = now
 
     built = build(
@@ -67,13 +75,14 @@ def _build(args: argparse.Namespace) -> int:
         args.dst,
         shard_bytes=int(args.shard_size * 1e6),
         samples_per_shard=args.samples_per_shard,
+        jobs=args.jobs,
         progress=progress,
     )
-    if found.missing:
-        names = ", ".join(found.missing[:NAMED]) + (", …" if len(found.missing) > NAMED else "")
+    if built.missing:
+        names = ", ".join(built.missing[:NAMED]) + (", …" if len(built.missing) > NAMED else "")
         where = args.dst / "missing.txt"
-        print(f"{len(found.missing)} files are missing or empty: {names} (all in {where})", file=sys.stderr)
-    kept = f", {built.kept} of them from an earlier run" if built.kept else ""
+        print(f"{len(built.missing)} files are missing or empty: {names} (all in {where})", file=sys.stderr)
+    kept = f", {built.kept_shards} of them from an earlier run" if built.kept_shards else ""
     print(f"{args.dst}: {built.shards} shards{kept}, {built.samples} samples, {built.bytes} bytes")
     return 0
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -12,44 +13,49 @@ from filelock import FileLock, Timeout
 from bridle.data import index
 from bridle.data.errors import ShardError
 from bridle.data.files import FULL, no_room, written_aside
-from bridle.data.importers import Plan
+from bridle.data.layouts.common import Plan
 from bridle.data.writer import Planned, write_index, write_shard
 
-Progress = Callable[[int, int], None]
-"""Called after each shard with samples and bytes done so far."""
 
-
-@dataclass(frozen=True)
+@dataclass
 class Built:
-    """What stands in the folder, and how many of the shards an earlier run had finished."""
+    """What stands in the folder, and of it what earlier runs had finished (`kept`); files that are not in it."""
 
-    shards: int
-    samples: int
-    bytes: int
-    kept: int
+    shards: int = 0
+    samples: int = 0
+    bytes: int = 0
+    kept_shards: int = 0
+    kept_samples: int = 0
+    kept_bytes: int = 0
+    missing: list[str] = field(default_factory=list)
+
+
+Progress = Callable[[Built], None]
+"""Called after each shard with what is done so far."""
 
 
 def build(
-    plan: Plan, destination: Path, *, shard_bytes: int, samples_per_shard: int | None, progress: Progress
+    plan: Plan, destination: Path, *, shard_bytes: int, samples_per_shard: int | None, jobs: int, progress: Progress
 ) -> Built:
     """Writes ``shard-000000.tar``, … with their indexes, and ``missing.txt`` where files were missing.
 
     A shard that is there with just the planned keys and sizes is kept. Shards of another plan are never overwritten
-    half: each is replaced whole.
+    half: each is replaced whole. A file that cannot be read is left out, and the next run tries its shard again.
 
     Args:
         shard_bytes: a shard is closed before it passes this, unless one sample alone does.
         samples_per_shard: bound on samples as well.
+        jobs: shards written at once, each by a thread: reading, hashing and writing leave Python's lock.
 
     Raises:
-        ShardError: no room on the disk, a source that cannot be read, shards in the folder that are not of this plan,
+        ShardError: no room on the disk, no file of a shard can be read, shards in the folder that are not of this plan,
             or another build at work there.
     """
     try:
         destination.mkdir(parents=True, exist_ok=True)
         lock = FileLock(str(destination / ".build.lock"), timeout=0)
         with lock:
-            return _build(plan, destination, list(_cut(plan.samples, shard_bytes, samples_per_shard)), progress)
+            return _build(plan, destination, list(_cut(plan.samples, shard_bytes, samples_per_shard)), jobs, progress)
     except Timeout:
         raise ShardError(f"{destination}: another `bridle shards build` is writing there; wait for it to end") from None
     except OSError as error:
@@ -58,7 +64,7 @@ def build(
         raise ShardError(f"{error.filename or destination}: {error.strerror}") from None
 
 
-def _build(plan: Plan, destination: Path, groups: list[list[Planned]], progress: Progress) -> Built:
+def _build(plan: Plan, destination: Path, groups: list[list[Planned]], jobs: int, progress: Progress) -> Built:
     names = [f"shard-{number:06d}.tar" for number in range(len(groups))]
     strangers = sorted({file.name for file in destination.glob("*.tar")} - set(names))
     if strangers:
@@ -67,17 +73,43 @@ def _build(plan: Plan, destination: Path, groups: list[list[Planned]], progress:
         raise ShardError(f"{destination}: holds shards that are not of this build ({strangers[0]}{more}); {fix}")
     for leftover in destination.glob(".*.partial"):
         leftover.unlink()
-    samples = size = kept = 0
-    for name, group in zip(names, groups, strict=True):
-        header = _finished(destination / name, group)
-        kept += header is not None
-        header = header or write_shard(destination / name, group)
-        samples, size = samples + header.samples, size + header.bytes
-        progress(samples, size)
-    if plan.missing:
-        with written_aside(destination / "missing.txt") as stream:
-            stream.write("".join(f"{name}\n" for name in plan.missing).encode(errors="surrogateescape"))
-    return Built(len(groups), samples, size, kept)
+    built = Built(missing=list(plan.missing))
+    with ThreadPoolExecutor(jobs) as pool:
+        begun = [pool.submit(_shard, destination / name, group) for name, group in zip(names, groups, strict=True)]
+        try:
+            for done in as_completed(begun):
+                _count(built, *done.result())
+                progress(built)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    listed = destination / "missing.txt"
+    if built.missing:
+        with written_aside(listed) as stream:
+            stream.write("".join(f"{name}\n" for name in built.missing).encode(errors="surrogateescape"))
+    else:
+        listed.unlink(missing_ok=True)
+    return built
+
+
+def _shard(path: Path, group: list[Planned]) -> tuple[index.Header, bool, list[str]]:
+    """Header of a shard, whether it was there, and files that could not be read."""
+    header = _finished(path, group)
+    if header is not None:
+        return header, True, []
+    header, unreadable = write_shard(path, group)
+    return header, False, unreadable
+
+
+def _count(built: Built, header: index.Header, kept: bool, unreadable: list[str]) -> None:
+    built.shards += 1
+    built.samples += header.samples
+    built.bytes += header.bytes
+    if kept:
+        built.kept_shards += 1
+        built.kept_samples += header.samples
+        built.kept_bytes += header.bytes
+    built.missing += sorted(unreadable)
 
 
 def _cut(samples: list[Planned], shard_bytes: int, most: int | None) -> Iterator[list[Planned]]:
@@ -100,9 +132,7 @@ def _finished(path: Path, group: list[Planned]) -> index.Header | None:
     with contextlib.suppress(ShardError):
         header, entries = index.scan(path)
         found = [(entry.key, {name: size for name, (_, size) in entry.members.items()}) for entry in entries]
-        planned = [
-            (sample.key, {sample.extension: sample.source.stat().st_size, "json": len(sample.json)}) for sample in group
-        ]
+        planned = [(sample.key, {sample.extension: sample.size, "json": len(sample.json)}) for sample in group]
         if found != planned:
             return None
         with contextlib.suppress(ShardError, OSError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from bridle.data.errors import ShardError
 from bridle.data.files import written_aside
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Planned:
-    """A sample to write: its key, its media file, that file's extension in the shard, and what KEY.json says."""
+    """A sample to write: key, media file, that file's extension in the shard and size in bytes, KEY.json's content."""
 
     key: str
     source: Path
     extension: str
+    size: int
     meta: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -32,20 +33,32 @@ class Planned:
     @property
     def tar_bytes(self) -> int:
         """What the sample takes in a tar, long names aside."""
-        return sum(_blocks(size) + tarfile.BLOCKSIZE for size in (self.source.stat().st_size, len(self.json)))
+        return sum(_blocks(size) + tarfile.BLOCKSIZE for size in (self.size, len(self.json)))
 
 
-def write_shard(path: Path, samples: Iterable[Planned]) -> index.Header:
+def write_shard(path: Path, samples: Sequence[Planned]) -> tuple[index.Header, list[str]]:
     """Writes one tar and its index; the same samples give the same bytes. Neither file is ever seen half written.
 
+    Returns:
+        The index's header, and the files that could not be read (any more), which are left out.
+
     Raises:
-        ShardError: no room on the disk, a source that cannot be read, or two samples of one key.
+        ShardError: no room on the disk, no file of the shard can be read, or two samples of one key.
     """
+    unreadable = []
     with written_aside(path) as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for sample in samples:
-            _add(tar, f"{sample.key}.{sample.extension}", _content(sample))
+            try:
+                content = sample.source.read_bytes()
+            except OSError as error:
+                unreadable.append(str(sample.source))
+                if len(unreadable) == len(samples):  # a disk that went away is no list of bad files
+                    fault = f"{sample.source}: {error.strerror}, and so are all {len(samples)} files of {path.name}"
+                    raise ShardError(f"{fault}; check the disk, and run the same command again") from None
+                continue
+            _add(tar, f"{sample.key}.{sample.extension}", content)
             _add(tar, f"{sample.key}.json", sample.json)
-    return write_index(path)
+    return write_index(path), unreadable
 
 
 def write_index(path: Path, where: Path | None = None) -> index.Header:
@@ -57,15 +70,6 @@ def write_index(path: Path, where: Path | None = None) -> index.Header:
     header, entries = index.scan(path, hashed=True)
     index.write(where or path.with_name(path.name + index.SUFFIX), header, entries)
     return header
-
-
-def _content(sample: Planned) -> bytes:
-    try:
-        return sample.source.read_bytes()
-    except OSError as error:
-        raise ShardError(
-            f"{sample.source}: cannot be read: {error.strerror}; repair or remove it, and run again"
-        ) from None
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

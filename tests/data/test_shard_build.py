@@ -100,7 +100,11 @@ def test_audioset_finds_files_under_their_usual_names(tree: Tree, tmp_path: Path
 @pytest.mark.parametrize(
     ("kind", "files", "match"),
     [
-        ("folder", {"a.txt": b"1"}, r"no sample of kind folder found \(0 files are missing or empty, 1 are no media\)"),
+        (
+            "folder",
+            {"a.txt": b"1"},
+            r"no sample of kind folder found \(0 files are missing or empty, 1 others do not belong",
+        ),
         ("esc50", {"audio/a.wav": b"1"}, r"esc50\.csv: No such file or directory; is this the folder"),
         (
             "esc50",
@@ -113,7 +117,7 @@ def test_audioset_finds_files_under_their_usual_names(tree: Tree, tmp_path: Path
             "line 2: fold 'x' is not a whole",
         ),
         ("esc50", {"meta/esc50.csv": b"filename,fold,target,category\na.wav,1\n"}, "line 2 has too few fields"),
-        ("audioset", {"a.wav": b"1"}, "expected one table of segments, found none; name it with --segments"),
+        ("audioset", {"a.wav": b"1"}, "expected one table of segments, found none; name it with --table FILE.csv"),
         ("audioset", {"x_segments.csv": b"abc, 1.0\n"}, r"line 1: found \['abc', '1\.0'\], expected YTID"),
     ],
 )

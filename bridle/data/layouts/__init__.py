@@ -1,0 +1,1 @@
+"""How known data sets are laid out, and what of it becomes samples."""
