@@ -1,0 +1,40 @@
+"""Images and video resume and split over ranks as sound does."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+
+import pytest
+from launching import ROOT, command, environment, pretrain, rows
+
+SHORT = [
+    "train.batch_size=8", "train.log_every=2", "train.checkpoint_every=4", "train.prometheus_port=0",
+    "train.evaluate_clips=8", "phases.1.steps=8", "phases.2.steps=8", "phases.3.steps=4", "data.workers=0",
+    "phases.1.warmup_steps=2", "phases.2.warmup_steps=2", "phases.3.warmup_steps=2",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modality", ["image", "video"])
+def test_a_killed_run_goes_on_to_the_last_digit_and_ranks_change_nothing(modality, tmp_path):
+    arguments = ["--recipe", f"{modality}-mini", *SHORT]
+    pretrain(tmp_path / "whole", *arguments)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(killed, *arguments), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (killed / "metrics.jsonl").exists() or len(rows(killed)) < 7:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    pretrain(killed, *arguments)
+    assert rows(killed) == rows(tmp_path / "whole")
+
+    pretrain(tmp_path / "four", *arguments, ranks=4)
+    for one, four in zip(rows(tmp_path / "whole"), rows(tmp_path / "four"), strict=True):
+        assert four["loss"] == pytest.approx(one["loss"], rel=5e-3), (one, four)

@@ -1,0 +1,80 @@
+"""The recipes named after the paper's modalities build the paper's models, and every phase takes real steps."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+from bridle.config import load_recipe
+from bridle.modalities import build_modality
+from bridle.model_folder import patch_shape
+from bridle.modeling.bridle import Components, parameter_count
+from bridle.modeling.masking import draw_mask
+from bridle.training.phases import EncoderPhaseJob, TokenizerPhaseJob
+
+CPU = torch.device("cpu")
+COUNTS = {
+    "audio": {"encoder": 85_254_144, "decoder": 51_371_264, "tokenizer": 86_041_600, "estimator": 22_053_120},
+    "image": {"encoder": 85_647_360, "decoder": 51_371_264, "tokenizer": 86_434_816, "estimator": 22_053_120},
+    "video": {"encoder": 86_236_416, "decoder": 7_788_544, "tokenizer": 87_023_872, "estimator": 29_140_992},
+}
+GRIDS = {"audio": (64, 8), "image": (14, 14), "video": (8, 14, 14)}
+BATCH = {"audio": 2, "image": 1, "video": 1}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_recipe_builds_the_papers_model(name):
+    recipe = load_recipe(name)
+    modality = build_modality(recipe.modality, recipe.clip)
+    make = Components(recipe.model, patch_shape(modality))
+    assert tuple(modality.grid.values()) == GRIDS[name]
+    assert {part: parameter_count(getattr(make, part)(0)) for part in COUNTS[name]} == COUNTS[name]
+
+
+def two_steps(job, batch: dict[str, torch.Tensor]) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in job.module.parameters() if p.requires_grad], lr=1e-4)
+    losses = []
+    for _ in range(2):
+        loss, *_ = job.module(*job.inputs(batch))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        job.after_step(None)
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COUNTS)
+def test_every_phase_of_the_papers_model_takes_two_steps_that_lower_its_loss(name):
+    recipe = load_recipe(name)
+    modality = build_modality(recipe.modality, recipe.clip)
+    patch, quantizer = patch_shape(modality), recipe.model.quantizer
+    make = Components(recipe.model, patch)
+    grid = tuple(modality.grid.values())
+    sides = [count * side for count, side in zip(grid, patch.size, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    batch = {"values": torch.randn(BATCH[name], patch.channels, *sides, generator=generator)}
+    masks = torch.stack([draw_mask(recipe.mask, grid, np.random.default_rng(i)) for i in range(BATCH[name])])
+    batch["masked"] = masks.nonzero()[:, 1].view(BATCH[name], -1)
+    batch["visible"] = (~masks).nonzero()[:, 1].view(BATCH[name], -1)
+
+    cold = make.cold_start_tokenizer(0)
+    cold.quantizer.initialize(cold.latents(batch["values"]).flatten(0, 1), generator)
+    first = two_steps(EncoderPhaseJob(make.encoder(1), make.decoder(2), cold, quantizer, CPU, bf16=False), batch)
+    gc.collect()
+    learner = make.tokenizer(3)
+    with torch.no_grad():
+        learner.quantizer.initialize(learner.latents(batch["values"]).flatten(0, 1), generator)
+    job = TokenizerPhaseJob(learner, make.estimator(4), make.encoder(1), quantizer, CPU, bf16=False)
+    second = two_steps(job, batch)
+    del job
+    gc.collect()
+    third = two_steps(EncoderPhaseJob(make.encoder(1), make.decoder(2), learner, quantizer, CPU, bf16=False), batch)
+    for losses in (first, second, third):
+        assert losses[1] < losses[0]
+        assert np.isfinite(losses).all()
+    assert first[0] == pytest.approx(4 * np.log(256), rel=0.2)
