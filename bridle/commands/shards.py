@@ -65,7 +65,7 @@ def _build(args: argparse.Namespace) -> int:
         if now - last >= REPORT_SECONDS or done.samples == total:
             seconds = max(now - began, 1e-9)
             rate, speed = (done.samples - done.kept_samples) / seconds, (done.bytes - done.kept_bytes) / 1e6 / seconds
-            left = f"{(total - done.samples) / rate:.0f} s left" if rate else "checking what is there"
+            left = f"{(total - done.samples) / rate:.0f} s left" if rate else "nothing new so far"
             line = f"{done.samples}/{total} samples, {done.bytes / 1e6:.1f} MB, {rate:.0f}/s, {speed:.1f} MB/s, {left}"
             print(line, file=sys.stderr)
             last = now
