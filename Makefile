@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 DEMO ?= runs/demo
 MASTER_PORT ?= 29500
 DEMO_CLIP := $(DEMO)/clip.ogg
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 
 .DELETE_ON_ERROR:
 .PHONY: setup demo test lint ruff format-check types clean lock
@@ -38,7 +38,7 @@ demo: $(INSTALLED)
 	@echo 'The page:         $(DEMO)/report.html'
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: ruff format-check types
 

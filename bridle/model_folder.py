@@ -76,6 +76,11 @@ class CodeStream:
     duration_s: float | None
     starts_s: list[float]
 
+    @property
+    def codes_per_second(self) -> float | None:
+        """Codes of all codebooks per second of content; none without time."""
+        return self.codes.numel() / self.duration_s if self.duration_s else None
+
     @classmethod
     def from_windows(
         cls, modality: str, codebook_size: int, clips: Sequence[Clip], codes: Sequence[Tensor]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import multiprocessing
+import multiprocessing.util
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -106,6 +108,8 @@ class Stream:
             raise dead_worker(error) from None
 
     def _start(self, shares: _Shares, workers: int) -> Iterator[Any]:
+        if workers:
+            multiprocessing.util.Finalize(None, _end_loaders, exitpriority=100)
         # Its own generator: else every stream would move torch's global one.
         loader: Any = DataLoader(
             _Positions(self),
@@ -140,10 +144,17 @@ def _means_dead_worker(error: Exception, workers: int) -> bool:
 def _leave_signals_to_the_parent(worker: int) -> None:
     """The launcher and a terminal signal the whole process group; a checkpoint needs the loaders a little longer.
 
-    A loader ends with its parent: torch watches for that.
+    A loader ends with its parent: torch watches for that, and `_end_loaders` for a parent that ends in order.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_loaders() -> None:
+    """At exit, multiprocessing sends SIGTERM, which loaders ignore, and would then wait for them for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _same(found: Any) -> Any:
@@ -200,28 +211,40 @@ class _Positions(Dataset[Any]):
         return MicroBatch(tensors, list(positions), corrupt)
 
     def _make(self, position: int, corrupt: list[Corrupt]) -> dict[str, torch.Tensor]:
-        stream = self.stream
-        epoch, sample = stream.order.locate(position)
-        begin, end = stream.order.begin(epoch), stream.order.begin(epoch + 1)
-        for distance in range(min(end - begin, SUCCESSORS)):
-            if distance:  # wraps within the epoch
-                _, sample = stream.order.locate(begin + (position - begin + distance) % (end - begin))
-            rng = np.random.default_rng((stream.seed, epoch, position))
-            try:
-                return stream.make(stream.shards.read(sample, meta=False).data, rng)
-            except SampleError as error:
-                fault: ValueError = error
-            except ShardError:
+        epoch, sample = self.stream.order.locate(position)
+        try:
+            return self._made_of(sample, epoch, position)
+        except ValueError as error:
+            if not _concerns_one_sample(error):
                 raise
+            corrupt.append(Corrupt(position, *self.stream.shards.where(sample), str(error)))
+        return self._successor(epoch, position, corrupt[-1])
+
+    def _made_of(self, sample: int, epoch: int, position: int) -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng((self.stream.seed, epoch, position))
+        return self.stream.make(self.stream.shards.read(sample, meta=False).data, rng)
+
+    def _successor(self, epoch: int, position: int, fault: Corrupt) -> dict[str, torch.Tensor]:
+        """The first good sample behind a corrupt one, wrapping within the epoch."""
+        order = self.stream.order
+        begin, end = order.begin(epoch), order.begin(epoch + 1)
+        tried = min(end - begin, SUCCESSORS)
+        for distance in range(1, tried):
+            _, sample = order.locate(begin + (position - begin + distance) % (end - begin))
+            try:
+                return self._made_of(sample, epoch, position)
             except ValueError as error:
-                fault = error
-            if not distance:
-                corrupt.append(Corrupt(position, *stream.shards.where(sample), str(fault)))
-        first = corrupt[-1]
+                if not _concerns_one_sample(error):
+                    raise
         raise ShardError(
-            f"{first.shard}: sample '{first.key}' ({first.error}) and every one of the {distance} samples behind it "
+            f"{fault.shard}: sample '{fault.key}' ({fault.error}) and every one of the {tried - 1} samples behind it "
             "are corrupt; run `bridle shards check` on the shards, and check that they belong to this modality"
         )
+
+
+def _concerns_one_sample(error: ValueError) -> bool:
+    """A fault of the shard concerns them all; a SampleError is one that does not."""
+    return isinstance(error, SampleError) or not isinstance(error, ShardError)
 
 
 class _Prefetcher:

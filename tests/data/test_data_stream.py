@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -217,3 +219,21 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path, make_tar: MakeTar, m
     for _ in range(2):
         assert [shards.read(i).data for i in range(12)] == [str(i).encode() for i in range(12)]
     assert len(shards._open) == 3
+
+
+def test_a_program_that_ends_with_a_stream_open_does_not_hang(tmp_path):
+    program = """
+from bridle.data.shards import open_shards
+from bridle.data.stream import Stream
+import torch
+
+def make(data, rng):
+    return {"size": torch.tensor(len(data))}
+
+shards = open_shards(["builtin:audio"], extensions=["flac", "ogg"])
+stream = Stream(shards, make, seed=0, block=4, window=4)
+batches = stream.micro_batches(start=0, stop=None, batch_size=4, micro_batch_size=4, rank=0, world=1, workers=2)
+next(batches)
+import atexit; atexit.register(lambda kept=batches: None)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
