@@ -125,12 +125,16 @@ def main() -> None:
         for name, step in phases.items():
             rates[name].append(phase_flops[name] / seconds(step, device))
     best = max(statistics.median(rates[name]) for name in candidates)
-    print(f"{args.recipe}, batch {args.batch}, {args.precision}, {device}, {args.threads} threads, {args.rounds} rounds")
+    print(
+        f"{args.recipe}, batch {args.batch}, {args.precision}, {device}, {args.threads} threads, {args.rounds} rounds"
+    )
     for name in candidates:
         print(f"  product, {name:<16} {statistics.median(rates[name]) / best:6.2f} of the best product")
     for name in phases:
         ratio = statistics.median(rates[name]) / best
-        print(f"  {name:<25} {phase_flops[name] / args.batch / 1e9:6.0f} GFLOP a clip  {ratio:5.2f} of the best product")
+        print(
+            f"  {name:<25} {phase_flops[name] / args.batch / 1e9:6.0f} GFLOP a clip  {ratio:5.2f} of the best product"
+        )
 
 
 if __name__ == "__main__":

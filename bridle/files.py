@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: a full disk is said in one line that names the file.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = _aside(path)
     try:
         with clear_disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,9 +36,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """The same for a folder: what is written into the one given appears at `path` at once, replacing what was there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = _aside(path)
+    old = aside.with_suffix(".old")
     try:
         with clear_disk_errors(path):
             aside.mkdir(parents=True)
@@ -98,6 +98,11 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _aside(path: Path) -> Path:
+    """A name of its own, also for several threads, and for several machines on one file system."""
+    return path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex}.partial")
 
 
 def _flush(path: Path) -> None:

@@ -77,11 +77,15 @@ class PhaseCheckpoints:
                 save_file(weights | cpu_buffers(engine.module), aside / "model.safetensors")
                 save_file(moments, aside / "optimizer.safetensors")
                 _write_state(aside, position)
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(old)
+            self._remove(self.steps()[: -self.keep])
 
         on_first_rank(write, ranks)
         return target
+
+    def _remove(self, steps: list[Path]) -> None:
+        """Removes checkpoints, and what processes left that were killed while they wrote one."""
+        for folder in [*steps, *self.folder.glob(".*.partial"), *self.folder.glob(".*.old")]:
+            shutil.rmtree(folder)
 
     def restore(self, engine: Any, folder: Path) -> Position:
         """Puts a checkpoint into a freshly built engine whose module was already filled by `load_weights`."""
@@ -101,8 +105,7 @@ class PhaseCheckpoints:
                 for name, tensors in parts.items():
                     save_file(dict(tensors), aside / f"{name}.safetensors")
                 _write_state(aside, position)
-            for old in self.steps():
-                shutil.rmtree(old)
+            self._remove(self.steps())
 
         on_first_rank(write, ranks)
 

@@ -10,9 +10,9 @@ import soxr
 import torch
 from encoded_audio import EXACT, FORMATS, audio, encode, recordings, tone, wav_of
 
-from bridle.settings import RecipeError
 from bridle.modalities.audio_decode import decode, excerpt
 from bridle.modalities.clip import Limits
+from bridle.settings import RecipeError
 
 
 def decoded(data: bytes) -> np.ndarray:

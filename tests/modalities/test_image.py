@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
-from bridle.settings import RecipeError
 from bridle.modalities import build_modality
 from bridle.modalities.clip import ClipError, Limits, TooLargeError, UndecodableError, WrongKindError
 from bridle.modalities.image import ImageSettings, centre_box, random_box
+from bridle.settings import RecipeError
 
 
 def gradient(width: int = 320, height: int = 240) -> Pillow.Image:

@@ -14,11 +14,11 @@ import pytest
 import torch
 from encoded_video import encode_video, frame_number, frame_picture
 
-from bridle.settings import RecipeError
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Limits, WrongKindError
 from bridle.modalities.video_decode import PyAVSource
 from bridle.modalities.video_decord import DecordSource
+from bridle.settings import RecipeError
 
 SMALL = {"frames": 8, "stride": 2, "size": [64, 96], "isolate": False}
 

@@ -52,6 +52,7 @@ def test_a_run_killed_at_random_steps_equals_an_undisturbed_one_to_the_last_digi
         assert code == -signal.SIGKILL, output
     pretrain(run)
     assert rows(run) == rows(undisturbed)
+    assert not list(run.glob("checkpoints/*/.*"))
     for part in ("models/final/model.safetensors", "models/iteration-1/model.safetensors"):
         assert (run / part).read_bytes() == (undisturbed / part).read_bytes()
 
