@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,8 @@ def test_all_settings_and_problems_are_documented() -> None:
 
 
 def test_the_demo_serves_a_model(audio_folder: Path) -> None:
-    environment = {**os.environ, "ONCE": "1", "PORT": "18765"}
+    commands = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as with the environment active
+    environment = {**os.environ, "ONCE": "1", "PORT": "18765", "PATH": commands}
     command = ["bash", str(ROOT / "examples/serve_demo.sh"), str(audio_folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
