@@ -134,7 +134,9 @@ def _facts(run: RunFolder) -> str:
         "Encoder": f"width {encoder.width}, depth {encoder.depth}, {encoder.heads} heads",
         "Quantizer": f"{quantizer.codebooks} codebooks of {quantizer.codebook_size} codes of width {quantizer.dim}",
         "Mask": f"{recipe.mask.kind.replace('_', ' and ')}, {100 * recipe.mask.ratio:g} % hidden",
-        "Data": ", ".join(recipe.data.shards or ["none"]),
+        "Data": ", ".join(
+            _weighted(pattern, source.weight) for source in recipe.data.mixture for pattern in source.shards
+        ),
         "Held out": ", ".join(recipe.data.heldout or ["none"]),
         "Batch": f"{recipe.train.batch_size} clips, seed {recipe.seed}",
         "Machine": ", ".join(
@@ -144,6 +146,11 @@ def _facts(run: RunFolder) -> str:
     }
     rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     return f"<dl>{rows}</dl>"
+
+
+def _weighted(pattern: str, weight: float) -> str:
+    """As `--data` takes it."""
+    return pattern if weight == 1 else f"{pattern}@{weight:g}"
 
 
 def _phase_table(run: RunFolder) -> str:
