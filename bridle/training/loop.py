@@ -96,7 +96,7 @@ class PhaseRun:
         window, sums = Window(), _Sums(len(self.job.metric_names), self.ranks.device)
         batches = self._batches(position)
         while position.step < self.length.total:
-            lr = learning_rate(self.settings.lr, position.step, self.settings_warmup, self.length.total)
+            lr = learning_rate(self.settings.lr, position.step, self.length.warmup, self.length.total)
             set_learning_rate(self.engine, lr)
             self._step(batches, window, sums)
             position.step += 1
@@ -104,11 +104,6 @@ class PhaseRun:
             if self._is_boundary(position.step):
                 self._boundary(position, window, sums, lr)
         return position
-
-    @property
-    def settings_warmup(self) -> int:
-        """Warm-up in steps."""
-        return self.length.warmup
 
     def _batches(self, position: Position) -> Iterator[MicroBatch]:
         micro, _ = split_batch(self.train, self.ranks.world)

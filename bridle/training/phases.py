@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from bridle.modeling.losses import cosine_similarity, masked_code_loss
 from bridle.modeling.patches import gather_positions
 from bridle.modeling.quantizer import ResidualQuantizer
 from bridle.modeling.tokenizer import Estimator, LearnedTokenizer, Tokenizer
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class EncoderModule(nn.Module):
@@ -88,7 +90,7 @@ class PhaseJob:
         flat = codes.flatten(0, -2).T.contiguous()
         self.usage.scatter_add_(1, flat, torch.ones_like(flat, dtype=self.usage.dtype))
 
-    def _frozen(self, module: nn.Module) -> nn.Module:
+    def _frozen(self, module: ModuleT) -> ModuleT:
         return module.to(self.device).eval().requires_grad_(False)
 
 
@@ -121,7 +123,7 @@ class EncoderPhaseJob(PhaseJob):
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Values, visible, masked, and the frozen tokenizer's codes."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            codes = self.tokenizer.codes(batch["values"])  # type: ignore[operator]
+            codes = self.tokenizer.codes(batch["values"])
         return batch["values"], batch["visible"], batch["masked"], codes
 
 
@@ -151,7 +153,7 @@ class TokenizerPhaseJob(PhaseJob):
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Values, and the frozen encoder's embeddings."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            embeddings = self.encoder.embeddings(batch["values"])  # type: ignore[operator]
+            embeddings = self.encoder.embeddings(batch["values"])
         return batch["values"], embeddings
 
     def after_step(self, all_reduce: Callable[[Tensor], Any] | None) -> None:
