@@ -28,18 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until a signal ends it."""
-    try:
-        from serving.processes import start_template
-
-        if args.new_key is None:
-            start_template()  # it imports for seconds; so do the next lines
-
-        from serving.keys import new_key
-        from serving.logs import log
-        from serving.run import run as serve
-        from serving.settings import read_settings, unknown_variables
-    except ImportError as error:
-        raise RecipeError(f"{error.name} is missing; install bridle[serving]") from None
+    from serving.keys import KeyRing, new_key
+    from serving.settings import read_settings, unknown_variables
 
     if args.new_key is not None:
         key, line = new_key(args.new_key, tuple(args.scopes.split("+")))
@@ -50,6 +40,16 @@ def run(args: argparse.Namespace) -> int:
     if args.models:
         flags["models"] = tuple(args.models)
     settings = read_settings(flags, os.environ)
+    KeyRing(settings)  # wrong keys are told now, not after the imports
+    try:
+        from serving.processes import start_template
+
+        start_template()  # it imports for seconds; so do the next lines
+
+        from serving.logs import log
+        from serving.run import run as serve
+    except ImportError as error:
+        raise RecipeError(f"{error.name} is missing; install bridle[serving]") from None
     for line in unknown_variables(os.environ):
         log("warning", line)
     return serve(settings)
