@@ -1,9 +1,11 @@
-"""What the stream costs: ``python benchmarks/stream.py [--rounds 5] [--samples 1600]``.
+"""What the stream costs: ``python benchmarks/stream.py [--rounds 15] [--samples 640]``.
 
-Ratios of medians, from rounds that rotate who goes first, on the same tars in the same run:
+Medians over many short rounds of the ratio within a round, since a shared disk changes its speed by the second; the
+rounds rotate who goes first, on the same tars, one process each but for the workers named:
 
-- the stream without decoding (order, index, read, generator, micro-batches) over a bare sequential read in blocks of
-  1 MiB by one process, with the tars on disk only and in the page cache; target at least 0.8;
+- the stream without decoding (order, index, read, generator, micro-batches) over a bare sequential read of the samples
+  (`tarfile`, member after member), with the tars on disk only and in the page cache; target at least 0.8. WebDataset's
+  own reading is shown too, and, as the ceiling, the files in blocks of 1 MiB without finding a sample in them;
 - the stream with the audio modality's training clips over the same decoding, in this process, of bytes that lie in
   memory; target at least 0.9.
 
@@ -18,6 +20,7 @@ import io
 import os
 import statistics
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+import webdataset
 
 from bridle.data.shards import ShardSet, open_shards
 from bridle.data.stream import Make, Stream
@@ -44,8 +48,8 @@ Run = Callable[[], float]
 def main() -> int:
     """Prints samples per second and the ratios."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=1600)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--samples", type=int, default=640)
     parser.add_argument("--folder", help="where the tars are written (the system's folder for such)")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -53,7 +57,11 @@ def main() -> int:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             shards = _tars(Path(folder), seconds, args.samples)
             for state, prepare in (("from disk", _forget), ("from the page cache", _nothing)):
-                runs: dict[str, Run] = {"bare sequential read": partial(_bare, shards, prepare)}
+                runs: dict[str, Run] = {
+                    "tarfile, in order": partial(_read, shards, prepare, _members),
+                    "webdataset, in order": partial(_read, shards, prepare, _webdataset),
+                    "blocks of 1 MiB": partial(_read, shards, prepare, _blocks),
+                }
                 for workers in (0, 1, 2):
                     name = f"stream, {workers} workers"
                     runs[name] = partial(_stream, shards, _length, args.samples, workers, prepare)
@@ -107,14 +115,32 @@ def _length(data: bytes, rng: np.random.Generator) -> dict[str, torch.Tensor]:
     return {"bytes": torch.tensor(len(data))}
 
 
-def _bare(shards: ShardSet, prepare: Callable[[ShardSet], None]) -> float:
+def _read(shards: ShardSet, prepare: Callable[[ShardSet], None], read: Callable[[ShardSet], None]) -> float:
     prepare(shards)
     began = time.perf_counter()
+    read(shards)
+    return len(shards) / (time.perf_counter() - began)
+
+
+def _members(shards: ShardSet) -> None:
+    for shard in shards.shards:
+        with tarfile.open(shard.url, "r:") as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                assert content is not None
+                content.read()
+
+
+def _webdataset(shards: ShardSet) -> None:
+    for _ in webdataset.WebDataset([shard.url for shard in shards.shards], shardshuffle=False, empty_check=False):
+        pass
+
+
+def _blocks(shards: ShardSet) -> None:
     for shard in shards.shards:
         with Path(shard.url).open("rb", buffering=0) as stream:
             while stream.read(1 << 20):
                 pass
-    return len(shards) / (time.perf_counter() - began)
 
 
 def _stream(shards: ShardSet, make: Make, samples: int, workers: int, prepare: Callable[[ShardSet], None]) -> float:
@@ -138,18 +164,19 @@ def _decode(held: list[bytes], make: Make) -> float:
 
 
 def _compare(title: str, rounds: int, runs: dict[str, Run]) -> None:
-    """Median rate of each, and its ratio to the first one's."""
+    """Median rate of each, and the median (and quartiles) of its ratio to the first one's of the same round."""
     names = list(runs)
     rates: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             rates[name].append(runs[name]())
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    first = medians[names[0]]
-    print(f"{title}: {names[0]} {first:,.0f} samples/s", flush=True)
+    base = np.array(rates[names[0]])
+    print(f"{title}: {names[0]} {statistics.median(base):,.0f} samples/s", flush=True)
     for name in names[1:]:
-        print(f"  {name}: {medians[name]:,.0f} samples/s, ratio {medians[name] / first:.2f}", flush=True)
+        low, middle, high = np.percentile(np.array(rates[name]) / base, (25, 50, 75))
+        rate = statistics.median(rates[name])
+        print(f"  {name}: {rate:,.0f} samples/s, ratio {middle:.2f} ({low:.2f} to {high:.2f})", flush=True)
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ class Recipe(Settings):
 
     modality: str
     """Name in the registry of modalities."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of weights, order, augmentation and masks."""
     clip: dict[str, Any] = Field(default_factory=dict)
     """The modality's own settings (see bridle/modalities/)."""

@@ -191,10 +191,13 @@ def parse_header(line: bytes, where: str) -> Header:
     return header
 
 
-def parse_entry(line: bytes) -> Entry:
-    """One further line of an index. Raises ValueError, KeyError or TypeError for a damaged one."""
-    fields = DECODE(line.decode(errors="surrogateescape"))
-    return Entry(fields["key"], {extension: (int(at[0]), int(at[1])) for extension, at in fields["members"].items()})
+def parse_entries(lines: bytes) -> list[Entry]:
+    """Further lines of an index. Raises ValueError, KeyError, TypeError or IndexError for a damaged one."""
+    text = lines.decode(errors="surrogateescape").strip("\n").replace("\n", ",")  # one call, not one for each line
+    return [
+        Entry(fields["key"], {extension: (int(at[0]), int(at[1])) for extension, at in fields["members"].items()})
+        for fields in DECODE(f"[{text}]")
+    ]
 
 
 def read_header(path: Path) -> Header:
@@ -215,10 +218,10 @@ def read(path: Path) -> tuple[Header, list[Entry]]:
         ShardError: not an index, of another version, or damaged.
         OSError: no such file, or not readable.
     """
-    header_line, *lines = path.read_bytes().split(b"\n")
+    header_line, _, lines = path.read_bytes().partition(b"\n")
     header = parse_header(header_line, str(path))
     try:
-        entries = [parse_entry(line) for line in lines if line]
+        entries = parse_entries(lines)
     except (ValueError, KeyError, TypeError, IndexError):
         raise ShardError(f"{path}: damaged; delete it, and it is built again") from None
     if len(entries) != header.samples:

@@ -193,6 +193,18 @@ def _refuse_empty(shards: list[Shard], wanted: tuple[str, ...]) -> None:
     raise ShardError(f"no sample {expected} in {len(shards)} shards ({names}); {found}")
 
 
+@dataclass(frozen=True)
+class _Table:
+    """Of those samples of a shard that have a wanted member; keys and labels stay on disk.
+
+    lines: begin and end of their lines in the index, int32 or int64 [n, 2]. spans: offset and size in bytes of the
+    wanted members in the tar, int64 [n, 2].
+    """
+
+    lines: np.ndarray
+    spans: np.ndarray
+
+
 class ShardSet:
     """All samples of a list of shards, numbered through. Safe over fork and pickle; one thread at a time.
 
@@ -208,15 +220,14 @@ class ShardSet:
         self.shards, self.extensions, self.cache, self.sources = shards, extensions, cache, sources
         self._ends = list(accumulate(shard.count for shard in shards))
         self._names = [shown(shard.url) for shard in shards]
-        self._lines: dict[int, np.ndarray] = {}
-        self._expected: dict[int, tuple[int, index.Entry]] = {}
+        self._tables: dict[int, _Table] = {}
         self._open: OrderedDict[int, tuple[BinaryIO, BinaryIO]] = OrderedDict()
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lines": {}, "_open": OrderedDict(), "_expected": {}}
+        return {**self.__dict__, "_tables": {}, "_open": OrderedDict()}
 
     @property
     def counts(self) -> list[int]:
@@ -245,33 +256,35 @@ class ShardSet:
         Raises:
             ShardError: see `read`.
         """
-        for i in numbers:
-            shard = bisect_right(self._ends, i)
-            if self.shards[shard].remote and shard not in self._open:
+        for i in numbers if HINTS else ():
+            number = bisect_right(self._ends, i)
+            if self.shards[number].remote and number not in self._open:
                 continue
-            self._expected[i] = _, entry = self._entry(i)
-            offset, size = entry.members[self._extension(entry)]
-            if HINTS:
-                os.posix_fadvise(self._opened(shard)[0].fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+            tar, offset, size = self._span(i)
+            os.posix_fadvise(tar.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
-    def read(self, i: int, *, meta: bool = True) -> Sample:
-        """Sample `i` of 0 to len - 1; `meta` false leaves the small members unread.
+    def data(self, i: int) -> bytes:
+        """The wanted member of sample `i`, alone: what training reads.
+
+        Raises:
+            SampleError, ShardError: see `read`.
+        """
+        return self._read_at(i, *self._span(i))
+
+    def read(self, i: int) -> Sample:
+        """Sample `i` of 0 to len - 1, with its small members.
 
         Raises:
             SampleError: this sample cannot be read; others can.
             ShardError: its shard cannot be had, or its index is not its own.
         """
-        number, entry = self._expected.pop(i) if i in self._expected else self._entry(i)
-        tar, url = self._opened(number)[0], self._names[number]
-        extension = self._extension(entry)
-        small = {}
-        if meta:
-            small = {
-                name: _read_at(tar, at, url, entry.key)
-                for name, at in entry.members.items()
-                if name in META and at[1] <= LARGEST_META
-            }
-        return Sample(url, entry.key, _read_at(tar, entry.members[extension], url, entry.key), extension, small)
+        number, entry = self._entry(i)
+        tar = self._opened(number)[0]
+        members = entry.members.items()
+        small = {name: self._read_at(i, tar, *at) for name, at in members if name in META and at[1] <= LARGEST_META}
+        extension = self._wanted(entry)
+        assert extension is not None
+        return Sample(self._names[number], entry.key, self.data(i), extension, small)
 
     def prefetch(self, number: int) -> None:
         """Brings a remote shard into the cache unless it is there or another process is at it.
@@ -283,34 +296,42 @@ class ShardSet:
         if shard.remote and number not in self._open:
             self.cache.fetch(shard.url, shard.header, wait=False)
 
-    def _extension(self, entry: index.Entry) -> str:
-        """Of the member wanted most; where nothing is wanted, of the first that is no label."""
-        for wanted in self.extensions:
-            if wanted in entry.members:
-                return wanted
-        return next(found for found in entry.members if found not in META)
+    def _wanted(self, entry: index.Entry) -> str | None:
+        """The member wanted most; where nothing is wanted, the first that is no label."""
+        if not self.extensions:
+            return next((found for found in entry.members if found not in META), None)
+        return next((wanted for wanted in self.extensions if wanted in entry.members), None)
 
-    def _entry(self, i: int) -> tuple[int, index.Entry]:
+    def _at(self, i: int) -> tuple[int, int]:
+        """Shard of a sample and the sample's number among those that count."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         number = bisect_right(self._ends, i)
-        within = i - (self._ends[number] - self.shards[number].count)
+        return number, i - (self._ends[number] - self.shards[number].count)
+
+    def _span(self, i: int) -> tuple[BinaryIO, int, int]:
+        """The tar of a sample; offset and size in bytes of its wanted member."""
+        number, within = self._at(i)
+        tar = self._opened(number)[0]
+        offset, size = self._tables[number].spans[within].tolist()
+        return tar, offset, size
+
+    def _entry(self, i: int) -> tuple[int, index.Entry]:
+        number, within = self._at(i)
         lines_file = self._opened(number)[1]
-        lines = self._lines[number]
-        begin, end = int(lines[2 * within]), int(lines[2 * within + 1])
-        line = os.pread(lines_file.fileno(), end - begin, begin)
+        begin, end = self._tables[number].lines[within].tolist()
         try:
-            return number, index.parse_entry(line)
+            (entry,) = index.parse_entries(os.pread(lines_file.fileno(), end - begin, begin))
         except (ValueError, KeyError, TypeError, IndexError):
             raise self._bad_index(number, f"line at offset {begin} is damaged") from None
+        return number, entry
 
     def _opened(self, number: int) -> tuple[BinaryIO, BinaryIO]:
         opened = self._open.get(number)
         if opened is None:
             opened = self._open_files(number)
-            if number not in self._lines:
-                self._lines[number] = self._find_lines(number, opened[1])
-                self._check_ends(number, *opened)
+            if number not in self._tables:
+                self._tables[number] = self._table(number, *opened)
             self._open[number] = opened
             if len(self._open) > SHARDS_OPEN:
                 for file in self._open.popitem(last=False)[1]:
@@ -332,50 +353,47 @@ class ShardSet:
                     raise ShardError(f"{error.filename}: {error.strerror}; {fix}") from None
         raise AssertionError("unreachable")
 
-    def _find_lines(self, number: int, lines_file: BinaryIO) -> np.ndarray:
-        """Begin and end of the index line of each sample that counts, [2 * count]: keys and offsets stay on disk."""
-        content = lines_file.read()
+    def _table(self, number: int, tar: BinaryIO, lines_file: BinaryIO) -> _Table:
+        shard, content = self.shards[number], lines_file.read()
         ends = np.flatnonzero(np.frombuffer(content, dtype=np.uint8) == ord("\n"))
-        shard = self.shards[number]
         if len(ends) != shard.header.samples + 1:
             raise self._bad_index(number, f"{len(ends) - 1} lines for {shard.header.samples} samples")
-        pairs = np.stack([ends[:-1] + 1, ends[1:]], axis=1)
-        if shard.count < shard.header.samples:
-            wanted = set(self.extensions) or _all_but_meta(shard.header)
-            try:
-                kept = [bool(wanted & index.parse_entry(content[a:b]).members.keys()) for a, b in pairs]
-            except (ValueError, KeyError, TypeError, IndexError):
-                raise self._bad_index(number, "a line is damaged") from None
-            pairs = pairs[kept]
-        return pairs.reshape(-1).astype(np.int32 if len(content) < 2**31 else np.int64)
+        try:
+            entries = index.parse_entries(content[ends[0] :])
+            found = [(entry, self._wanted(entry)) for entry in entries]
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise self._bad_index(number, "a line is damaged") from None
+        kept = [wanted is not None for _, wanted in found]
+        spans = [entry.members[wanted] for entry, wanted in found if wanted is not None]
+        if len(kept) != shard.header.samples or len(spans) != shard.count:
+            raise self._bad_index(number, f"{len(spans)} samples, expected {shard.count}")
+        self._check_ends(number, tar, entries)
+        lines = np.stack([ends[:-1] + 1, ends[1:]], axis=1)[kept]
+        small = np.int32 if len(content) < 2**31 else np.int64
+        return _Table(lines.astype(small), np.array(spans, dtype=np.int64).reshape(-1, 2))
 
-    def _check_ends(self, number: int, tar: BinaryIO, lines_file: BinaryIO) -> None:
+    def _check_ends(self, number: int, tar: BinaryIO, entries: list[index.Entry]) -> None:
         """An index of the right size may still be another tar's: the first and last sample's tar headers tell."""
-        lines = self._lines[number]
-        for begin, end in {(int(lines[0]), int(lines[1])), (int(lines[-2]), int(lines[-1]))}:
-            try:
-                for offset, size in index.parse_entry(
-                    os.pread(lines_file.fileno(), end - begin, begin)
-                ).members.values():
+        try:
+            for entry in (entries[0], entries[-1]):
+                for offset, size in entry.members.values():
                     block = os.pread(tar.fileno(), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
                     if tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size != size:
                         raise ValueError
-            except (ValueError, KeyError, TypeError, IndexError, OSError, tarfile.TarError):
-                raise self._bad_index(number, "it does not fit the tar") from None
+        except (ValueError, OSError, tarfile.TarError):
+            raise self._bad_index(number, "it does not fit the tar") from None
+
+    def _read_at(self, i: int, tar: BinaryIO, offset: int, size: int) -> bytes:
+        try:
+            data = os.pread(tar.fileno(), size, offset)
+            fault = f"{len(data)} bytes, expected {size}; the shard was cut" if len(data) != size else None
+        except OSError as error:
+            fault = error.strerror
+        if fault is not None:
+            name, key = self.where(i)
+            raise SampleError(f"{name}: sample '{key}' at offset {offset}: {fault}")
+        return data
 
     def _bad_index(self, number: int, fault: str) -> ShardError:
         path = self.shards[number].index_path
         return ShardError(f"{path}: {fault}; delete it, and it is built again from {shown(self.shards[number].url)}")
-
-
-def _read_at(tar: BinaryIO, at: tuple[int, int], url: str, key: str) -> bytes:
-    offset, size = at
-    try:
-        data = os.pread(tar.fileno(), size, offset)
-    except OSError as error:
-        raise SampleError(f"{url}: sample '{key}' at offset {offset}: {error.strerror}") from None
-    if len(data) != size:
-        raise SampleError(
-            f"{url}: sample '{key}' at offset {offset}: {len(data)} bytes, expected {size}; the shard was cut"
-        )
-    return data

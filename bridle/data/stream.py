@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from bridle.data.errors import SampleError, ShardError
 from bridle.data.order import SampleOrder
@@ -52,7 +52,7 @@ class Stream:
     Args:
         shards: what to read.
         make: bytes and a generator to named tensors; picklable. Its ValueError (ClipError) means a corrupt sample. The
-            generator is ``np.random.default_rng((seed, epoch, position))``.
+            generator is its own only until it returns; what it gives depends on (seed, epoch, position) alone.
         seed, block, window, shuffle: see `SampleOrder`.
     """
 
@@ -194,6 +194,7 @@ class _Positions(Dataset[Any]):
         self.stream = stream
         self.remote = stream.shards.remote_bytes > 0
         self.prefetcher: _Prefetcher | None = None
+        self.generators = _Generators(stream.seed)
 
     def __getitem__(self, shares: tuple[range, range]) -> MicroBatch | ShardError:
         """A ShardError is handed over as a value, since the loader would bury it under a traceback."""
@@ -207,8 +208,8 @@ class _Positions(Dataset[Any]):
             made = [self._make(position, corrupt) for position in positions]
         except ShardError as error:
             return ShardError(str(error))
-        tensors = {name: torch.stack([sample[name] for sample in made]) for name in made[0]}
-        return MicroBatch(tensors, list(positions), corrupt)
+        # In a worker it stacks into shared memory at once: torch.stack would cost another copy.
+        return MicroBatch(default_collate(made), list(positions), corrupt)
 
     def _make(self, position: int, corrupt: list[Corrupt]) -> dict[str, torch.Tensor]:
         epoch, sample = self.stream.order.locate(position)
@@ -221,8 +222,7 @@ class _Positions(Dataset[Any]):
         return self._successor(epoch, position, corrupt[-1])
 
     def _made_of(self, sample: int, epoch: int, position: int) -> dict[str, torch.Tensor]:
-        rng = np.random.default_rng((self.stream.seed, epoch, position))
-        return self.stream.make(self.stream.shards.read(sample, meta=False).data, rng)
+        return self.stream.make(self.stream.shards.data(sample), self.generators.at(epoch, position))
 
     def _successor(self, epoch: int, position: int, fault: Corrupt) -> dict[str, torch.Tensor]:
         """The first good sample behind a corrupt one, wrapping within the epoch."""
@@ -240,6 +240,22 @@ class _Positions(Dataset[Any]):
             f"{fault.shard}: sample '{fault.key}' ({fault.error}) and every one of the {tried - 1} samples behind it "
             "are corrupt; run `bridle shards check` on the shards, and check that they belong to this modality"
         )
+
+
+class _Generators:
+    """One Philox generator that is set to the place of a sample: a new one for each would take ten times as long."""
+
+    def __init__(self, seed: int) -> None:
+        self._bits = np.random.Philox(key=[seed, 0])
+        self._generator = np.random.Generator(self._bits)
+        self._start: Any = self._bits.state
+
+    def at(self, epoch: int, position: int) -> np.random.Generator:
+        """Keyed by (seed, epoch); each position has the 2^64 blocks behind its own counter."""
+        self._start["state"]["key"][1] = epoch
+        self._start["state"]["counter"][1] = position
+        self._bits.state = self._start
+        return self._generator
 
 
 def _concerns_one_sample(error: ValueError) -> bool:

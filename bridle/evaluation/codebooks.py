@@ -105,7 +105,7 @@ class Windows(torch.utils.data.IterableDataset[Window | Skipped]):
         for index in range(first, len(self.shards), step):
             begun = False
             try:
-                for clip in self.modality.windows(self.shards.read(index, meta=False).data):
+                for clip in self.modality.windows(self.shards.data(index)):
                     per_step = math.prod(clip.grid.values()) // next(iter(clip.grid.values()))
                     yield Window(clip.values, clip.valid * per_step, not begun)
                     begun = True
