@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 DEMO ?= runs/demo
 MASTER_PORT ?= 29500
 DEMO_CLIP := $(DEMO)/clip.ogg
-PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
+PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
 .PHONY: setup demo test lint ruff format-check types clean lock

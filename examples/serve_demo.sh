@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Serves the model that `make demo` trained, asks it once, and leaves it running for the playground.
 set -euo pipefail
-model="${1:-runs/audio-mini/models/final}"
+model="${1:-runs/demo/model}"
 port="${PORT:-8000}"
 [ -f "$model/config.json" ] || { echo "no model in $model; run: make demo" >&2; exit 1; }
 

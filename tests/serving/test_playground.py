@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +46,8 @@ def all_three(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
     options.binary_location = str(BROWSER)
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1100,1300"):
+    microphone = ("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")  # beeps, and needs no click
+    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1100,1300", *microphone):
         options.add_argument(word)
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -157,6 +160,41 @@ def test_everything_is_reached_and_worked_by_keyboard(
     assert wanted <= set(reached)
     Select(browser.find_element(By.ID, "model")).select_by_value("image-test")
     wait(browser, "No loaded model takes this kind of content")
+
+
+DROP = """
+const bytes = Uint8Array.from(atob(arguments[1]), (letter) => letter.charCodeAt(0));
+const dropped = new DataTransfer();
+dropped.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+arguments[0].dispatchEvent(new DragEvent("drop", { dataTransfer: dropped, bubbles: true, cancelable: true }));
+"""
+
+
+def test_a_dropped_file_is_tokenized(
+    browser: webdriver.Chrome, all_three: Server, folders: dict[str, Path], pictures: list[bytes]
+) -> None:
+    browser.get(all_three.url + "/")
+    WebDriverWait(browser, 30).until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#model option")) == 4)
+    browser.execute_script(DROP, browser.find_element(By.ID, "drop"), base64.b64encode(pictures[0]).decode())
+    wait(browser, "Done")
+    browser.find_element(By.CSS_SELECTOR, "[data-copy=codes]").click()
+    wait(browser, "codes")
+    codes = json.loads(browser.find_element(By.ID, "copied").get_property("value"))
+    assert codes == load(folders["image"]).tokenize(pictures[0]).codes.T.tolist()
+
+
+def test_a_recording_is_tokenized(browser: webdriver.Chrome, all_three: Server) -> None:
+    browser.get(all_three.url + "/")
+    WebDriverWait(browser, 30).until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#model option")) == 4)
+    button = browser.find_element(By.ID, "record")
+    button.click()
+    WebDriverWait(browser, 30).until(lambda _: button.text == "Stop recording")
+    time.sleep(1.5)
+    button.click()
+    wait(browser, "Done")
+    facts = browser.find_element(By.ID, "facts").text
+    assert "audio-test" in facts
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#layers canvas")) == 4
 
 
 def test_the_api_page_lists_every_route(browser: webdriver.Chrome, all_three: Server) -> None:
