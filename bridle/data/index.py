@@ -195,7 +195,7 @@ def parse_entries(lines: bytes) -> list[Entry]:
     """Further lines of an index. Raises ValueError, KeyError, TypeError or IndexError for a damaged one."""
     text = lines.decode(errors="surrogateescape").strip("\n").replace("\n", ",")  # one call, not one for each line
     return [
-        Entry(fields["key"], {extension: (int(at[0]), int(at[1])) for extension, at in fields["members"].items()})
+        Entry(fields["key"], {extension: (int(at[0]), int(at[1])) for extension, at in dict(fields["members"]).items()})
         for fields in DECODE(f"[{text}]")
     ]
 

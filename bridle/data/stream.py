@@ -56,7 +56,7 @@ class MicroBatch:
 
 
 def _packed(tensor: torch.Tensor) -> Any:
-    """For the way out of a worker: small ones go through the pipe, since shared memory takes a handshake of 2 ms."""
+    """For the way out of a worker: small ones go through the pipe, since shared memory takes a handshake (0.3 ms)."""
     return tensor.numpy() if tensor.nbytes <= SMALL and tensor.dtype != torch.bfloat16 else tensor
 
 
