@@ -3,9 +3,10 @@
     python benchmarks/serving.py MODEL_DIR FILE ... [--rounds 5] [--seconds 10] [--threads 2] [--memory-requests 20000]
 
 In one run, with one model and the same files, in rotated rounds: a bare loop (windows, stack, model; its best batch),
-`bridle serve` and LitServe (its best batch timeout) with closed-loop clients, the service with open-loop arrivals at
-60 % of its capacity, and the service when idle. An item is a window of the model's size. CPU is that of the server's
-processes, never the clients'. Prints medians over the rounds, and the ratios that issue 4 asks for.
+`bridle serve` (its best largest batch, else its defaults) and LitServe (its best workers, batch and timeout) with
+closed-loop clients, the service with open-loop arrivals at 60 % of its capacity, and the service when idle. An item is
+a window of the model's size. CPU is that of the server's processes, never the clients'. Prints medians over the rounds,
+and the ratios that issue 4 asks for.
 
 The clients are one process of raw sockets, so that on a small machine they cost as little as they can.
 """
@@ -28,7 +29,10 @@ from typing import Any
 from http_load import Running, closed_loop, free_port, open_loop
 
 BATCHES = (1, 4, 8)
-TIMEOUTS = (0.0, 0.01)
+SERVICE = (2, 8)
+"""Largest batch."""
+LITSERVE = ((1, 8, 0.0), (1, 8, 0.01), (1, 4, 0.01), (2, 8, 0.0), (2, 8, 0.01), (2, 4, 0.01))
+"""Workers, which share the threads, largest batch, and seconds to wait for it."""
 CLIENTS = (1, 8, 32)
 
 
@@ -39,13 +43,17 @@ def main() -> None:
         return
     rounds: list[dict[str, float]] = []
     bare_batch = _best(BATCHES, lambda batch: _run_bare(args, batch, args.seconds / 2)["rate"])
-    timeout = _best(TIMEOUTS, lambda wait: _measure_litserve(args, wait, args.seconds / 2)["litserve_rate"])
-    print(json.dumps({"bare_batch": bare_batch, "litserve_timeout": timeout}), flush=True)
+    largest = _best(SERVICE, lambda batch: _measure_service(args, batch, args.seconds / 2, (32,))["service_rate_32"])
+    best = _best(LITSERVE, lambda setting: _measure_litserve(args, setting, args.seconds / 2)["litserve_rate"])
+    print(
+        json.dumps({"bare_batch": bare_batch, "service_max_batch": largest, "litserve_workers_batch_wait": best}),
+        flush=True,
+    )
     for number in range(args.rounds):
         steps: list[Callable[[], dict[str, float]]] = [
             lambda: _measure_bare(args, bare_batch),
-            lambda: _measure_service(args),
-            lambda: _measure_litserve(args, timeout, args.seconds),
+            lambda: _measure_service(args, largest, args.seconds, CLIENTS),
+            lambda: _measure_litserve(args, best, args.seconds),
         ]
         found: dict[str, float] = {}
         for turn in range(len(steps)):
@@ -63,9 +71,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("files", nargs="+")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the model, in all three")
-    parser.add_argument("--max-batch", type=int, default=8)
-    parser.add_argument("--max-wait-ms", type=float, default=10.0)
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="of the bare loop; LitServe's workers share as many"
+    )
     parser.add_argument("--memory-requests", type=int, default=0, help="also send so many, and print memory on the way")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=8, help=argparse.SUPPRESS)
@@ -146,34 +154,38 @@ def _measure_bare(args: argparse.Namespace, batch: int) -> dict[str, float]:
 # The services.
 
 
-def _measure_service(args: argparse.Namespace) -> dict[str, float]:
+def _measure_service(
+    args: argparse.Namespace, max_batch: int, seconds: float, clients: tuple[int, ...]
+) -> dict[str, float]:
     port = free_port()
     command = [sys.executable, "-m", "bridle.cli", "serve", args.model, f"--port={port}", "--lame-duck-seconds=0"]
-    command += [f"--threads={args.threads}", f"--max-batch={args.max_batch}", f"--max-wait-ms={args.max_wait_ms}"]
     found: dict[str, float] = {}
-    with Running([*command, "--log-level=warning"], port, "/readyz") as server:
+    with Running([*command, f"--max-batch={max_batch}", "--log-level=warning"], port, "/readyz") as server:
         requests = _raw_requests(args, port, "/tokenize")
         asyncio.run(closed_loop(port, requests, 8, 2.0))
-        for clients in CLIENTS:
+        for count in clients:
             cpu = server.cpu()
-            times, items, seconds = asyncio.run(closed_loop(port, requests, clients, args.seconds))
-            found[f"service_rate_{clients}"] = items / seconds
-            found[f"service_cpu_{clients}"] = (server.cpu() - cpu) / items
-            found[f"service_median_{clients}"] = statistics.median(times)
+            times, items, took = asyncio.run(closed_loop(port, requests, count, seconds))
+            found[f"service_rate_{count}"] = items / took
+            found[f"service_cpu_{count}"] = (server.cpu() - cpu) / items
+            found[f"service_median_{count}"] = statistics.median(times)
+        if clients != CLIENTS:
+            return found
         per_request = items / len(times)
-        rate = 0.6 * max(found[f"service_rate_{clients}"] for clients in CLIENTS) / per_request
-        times = asyncio.run(open_loop(port, requests, rate, args.seconds))
+        rate = 0.6 * max(found[f"service_rate_{count}"] for count in clients) / per_request
+        times = asyncio.run(open_loop(port, requests, rate, seconds))
         found["service_open_p99"] = sorted(times)[int(0.99 * (len(times) - 1))]
         cpu, began = server.cpu(), time.perf_counter()
-        time.sleep(args.seconds)
+        time.sleep(seconds)
         found["service_idle_cpu"] = (server.cpu() - cpu) / (time.perf_counter() - began)
     return found
 
 
-def _measure_litserve(args: argparse.Namespace, timeout: float, seconds: float) -> dict[str, float]:
-    port = free_port()
+def _measure_litserve(args: argparse.Namespace, setting: tuple[int, int, float], seconds: float) -> dict[str, float]:
+    port, (workers, batch, wait) = free_port(), setting
     program = str(Path(__file__).with_name("serving_litserve.py"))
-    command = [sys.executable, program, args.model, str(port), str(args.max_batch), str(timeout), str(args.threads)]
+    numbers = (port, batch, wait, max(1, args.threads // workers), workers)
+    command = [sys.executable, program, args.model, *map(str, numbers)]
     with Running(command, port, "/health") as server:
         requests = _raw_requests(args, port, "/predict")
         asyncio.run(closed_loop(port, requests, 8, 2.0))

@@ -1,6 +1,6 @@
 """LitServe with the same functions as the service; started by serving.py.
 
-python benchmarks/serving_litserve.py MODEL_DIR PORT MAX_BATCH BATCH_TIMEOUT THREADS
+python benchmarks/serving_litserve.py MODEL_DIR PORT MAX_BATCH BATCH_TIMEOUT THREADS WORKERS
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Tokenize(litserve.LitAPI):  # type: ignore[misc]
 
 
 if __name__ == "__main__":
-    folder, port, batch, timeout, threads = sys.argv[1:]
+    folder, port, batch, timeout, threads, workers = sys.argv[1:]
     api = Tokenize(max_batch_size=int(batch), batch_timeout=float(timeout))
     api.folder, api.threads = folder, int(threads)
-    server = litserve.LitServer(api, accelerator="cpu", timeout=120)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=int(workers), timeout=120)
     server.run(host="127.0.0.1", port=int(port), log_level="error", generate_client_file=False)

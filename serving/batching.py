@@ -64,6 +64,7 @@ class Batcher:
         self._release_slot = release
         self._metrics = metrics
         self._queue: deque[Entry] = deque()
+        self._idle = 0
         self.changed = asyncio.Event()
         """To be set when `upstream` may have fallen."""
 
@@ -73,7 +74,22 @@ class Batcher:
         self.changed.set()
 
     async def next_batch(self) -> list[Entry]:
-        """Waits for work; entries of one operation that should run now, in the order they came."""
+        """Waits for work; entries of one operation that should run now, in the order they came.
+
+        Idle processes share what waits.
+        """
+        self._idle += 1
+        try:
+            return await self._next_batch()
+        finally:
+            self._idle -= 1
+
+    @property
+    def more(self) -> bool:
+        """Whether another batch is about to begin."""
+        return bool(self._queue or self._upstream())
+
+    async def _next_batch(self) -> list[Entry]:
         while True:
             self._drop_useless()
             if self._queue:
@@ -82,7 +98,7 @@ class Batcher:
                 patience = first.arrived + self._max_wait - time.monotonic()
                 alone = first.codes is not None
                 if alone or same >= self._max_batch or patience <= 0 or not self._upstream():
-                    return self._take(1 if alone else self._max_batch)
+                    return self._take(1 if alone else min(self._max_batch, -(-same // self._idle)))
             else:
                 patience = None
             self.changed.clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from bridle.model_folder import ModelConfig, read_config
 from serving import model_worker
 from serving.arena import Arena
 from serving.batching import Array, Batcher, Entry
+from serving.cores import SharedCores, available_cores
 from serving.decoding import DecodePool, Window
 from serving.logs import log
 from serving.metrics import Metrics
@@ -63,6 +63,7 @@ class Deployment:
             metrics=metrics,
         )
         self.pool.changed = self._batcher.changed
+        self._cores = SharedCores(len(devices), settings.threads)
         self._children: dict[str, Child] = {}
         self._loops: list[asyncio.Task[None]] = []
         self._users = 0
@@ -175,7 +176,7 @@ class Deployment:
         while True:
             batch = await self._batcher.next_batch()
             try:
-                await self._run_batch(self._children[device], batch)
+                await self._run_batch(device, batch)
             except (EOFError, ConnectionError):
                 for entry in batch:
                     self._batcher.finish(entry, _gone())
@@ -187,13 +188,18 @@ class Deployment:
                     raise
                 log("error", "a batch failed", model=self.name, error=repr(error))
 
-    async def _run_batch(self, child: Child, batch: list[Entry]) -> None:
+    async def _run_batch(self, device: str, batch: list[Entry]) -> None:
         operation, codes = batch[0].operation, batch[0].codes
-        if codes is not None:
-            await child.channel.send({"op": operation, "shape": codes.shape}, codes.tobytes())
-        else:
-            await child.channel.send({"op": operation, "slots": [entry.slot for entry in batch]})
-        answer, payload = await child.channel.receive()
+        request = {"op": operation, "threads": self._cores.take(self._batcher.more)}
+        try:
+            channel = self._children[device].channel
+            if codes is not None:
+                await channel.send({**request, "shape": codes.shape}, codes.tobytes())
+            else:
+                await channel.send({**request, "slots": [entry.slot for entry in batch]})
+            answer, payload = await channel.receive()
+        finally:
+            self._cores.give_back()
         if "shape" not in answer:
             wrong = answer.get("wrong")
             log("error", "the model refused a batch", model=self.name, error=wrong or answer.get("error"))
@@ -225,13 +231,12 @@ class Deployment:
 
     async def _start_model(self, device: str) -> None:
         settings = self._settings
-        on_cpu = [name for name in self._devices if name.startswith("cpu")]
         config = {
             "folder": str(self.folder.resolve()),
             "device": device.partition("#")[0],
             "dtype": settings.dtype,
+            "threads": self._cores.counts,
             "compile": settings.compile,
-            "threads": settings.threads or max(1, (os.cpu_count() or 1) // max(1, len(on_cpu))),
             "max_batch": settings.max_batch,
             "shape": self._shape,
             "slot_bytes": self.arena.slot_bytes,
@@ -260,5 +265,5 @@ def devices_of(settings: ServeSettings) -> list[str]:
     if settings.device == ("auto",):
         import torch
 
-        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"] * min(2, available_cores())
     return [f"{name}#{i}" for i, name in enumerate(names)]  # one device may be named twice: two processes on it

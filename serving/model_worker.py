@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bridle.model_folder import BridleModel, load
+from bridle.modeling.encoder import Encoder
 from serving import wire
 from serving.arena import attach
 from serving.processes import receive_file, settle_in
@@ -39,31 +40,39 @@ def main(sock: socket.socket) -> None:
 
 class _Worker:
     def __init__(self, config: dict[str, Any], memory: Any) -> None:
-        if config["threads"]:
-            torch.set_num_threads(config["threads"])
+        self._on_cpu = torch.device(config["device"]).type == "cpu"
+        self._thread_counts: list[int] = config["threads"]
+        self._set_threads(self._thread_counts[0])
         self._model: BridleModel = load(config["folder"], device=config["device"], dtype=config["dtype"])
         self._shape: list[int] = config["shape"]
         slots = torch.frombuffer(memory, dtype=torch.float32)
         self._slots = slots.view(-1, config["slot_bytes"] // 4)[:, : int(np.prod(self._shape))]
         self._max_batch: int = config["max_batch"]
         if config["compile"]:
-            self._model.encoder.compile()
-            self._model.tokenizer.compile()
+            for module in (*self._model.encoder.modules(), *self._model.tokenizer.modules()):
+                if isinstance(module, Encoder):
+                    module.compile(dynamic=True)
 
     def warm_up(self) -> dict[str, Any]:
-        """Runs every size a batch can have at its ends, and looks whether a clip's codes depend on its company."""
+        """Runs the smallest and largest batch at each number of threads, and compares a clip's codes."""
         generator = torch.Generator().manual_seed(0)
         clips = torch.randn([self._max_batch, *self._shape], generator=generator)
-        together = self._model.codes(clips)
-        alone = torch.cat([self._model.codes(clip) for clip in clips[:2].split(1)])
-        self._model.embed(clips)
-        self._model.embed(clips[:1])
+        found = []
+        for threads in self._thread_counts:
+            self._set_threads(threads)
+            found += [torch.cat([self._model.codes(part) for part in clips.split(size)]) for size in (len(clips), 1)]
+            self._model.embed(clips)
+            self._model.embed(clips[:1])
         return {
             "ready": True,
             "info": self._model.info,
-            "positions": together.shape[1],
-            "codes_depend_on_batch": not torch.equal(alone, together[:2]),
+            "positions": found[0].shape[1],
+            "codes_depend_on_batch": not all(torch.equal(found[0], codes) for codes in found),
         }
+
+    def _set_threads(self, threads: int) -> None:
+        if self._on_cpu:
+            torch.set_num_threads(threads)
 
     def answer(self, header: dict[str, Any], payload: bytearray) -> tuple[dict[str, Any], memoryview]:
         """One batch; a failure is an answer too, for it concerns this batch only."""
@@ -76,6 +85,7 @@ class _Worker:
         return {"shape": array.shape, "seconds": time.perf_counter() - began}, array.reshape(-1).view(np.uint8).data
 
     def _run(self, header: dict[str, Any], payload: bytearray) -> np.ndarray:
+        self._set_threads(header["threads"])
         if header["op"] == "dequantize":
             codes = torch.frombuffer(payload, dtype=torch.int64).view(header["shape"])
             return _plain(self._model.dequantize(codes))

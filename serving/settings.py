@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -11,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from bridle.modalities.clip import Limits
 from bridle.settings import RecipeError, Settings, nearest, parse_settings
+from serving.cores import available_cores
 
 PREFIX = "BRIDLE_"
 
@@ -43,13 +43,14 @@ class ServeSettings(Settings):
     """Origins whose pages may call the service. None by default."""
 
     device: Words = ("auto",)
-    """`auto`, `cpu`, or GPUs such as `cuda:0,cuda:1`: one process for each model on each of them."""
+    """`cpu`, or GPUs such as `cuda:0,cuda:1`: a process for each model on each, two on a device named twice. `auto`
+    takes all GPUs; where there is none, two processes on the CPU (one on a single core)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the transformer; the quantizer is always float32."""
     compile: bool = False
     """Whether to run the model through torch.compile; warm-up then takes a minute or more."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """Threads of a model process on the CPU; 0 takes all cores, shared among the processes."""
+    """Threads of each model process on the CPU; 0 shares all cores out among those of a model that are at work."""
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 8
     """Clips in one forward pass at most."""
     max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 10.0
@@ -126,7 +127,7 @@ class ServeSettings(Settings):
     @property
     def decoders(self) -> int:
         """Decoding processes per model."""
-        return self.decode_workers or min(4, os.cpu_count() or 1)
+        return self.decode_workers or min(4, available_cores())
 
 
 def is_loopback(host: str) -> bool:

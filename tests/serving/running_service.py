@@ -80,7 +80,7 @@ def serving(
 ) -> Iterator[Server]:
     """`bridle serve` on a free port."""
     log = folder / f"serve-{time.monotonic_ns()}.log"
-    settings = {"port": 0, "decode_workers": 2, "threads": 1, "lame_duck_seconds": 0, **flags}
+    settings = {"port": 0, "device": "cpu", "decode_workers": 2, "threads": 1, "lame_duck_seconds": 0, **flags}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "bridle.cli", "serve", *map(str, models), *words]
     with log.open("wb") as file:

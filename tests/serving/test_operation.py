@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from running_service import Server, serving
 from small_models import write_model
 
 import bridle
+from serving.cores import CALM_SECONDS
 from serving.keys import new_key
 
 
@@ -33,7 +35,9 @@ def own(tmp_path_factory: pytest.TempPathFactory, audio_folder: Path) -> Iterato
     tmp_path = tmp_path_factory.mktemp("own")
     folder = tmp_path / "audio"
     shutil.copytree(audio_folder, folder)
-    with serving(tmp_path, folder, max_queue=16, header_timeout=2, body_idle_timeout=2) as running:
+    with serving(
+        tmp_path, folder, device="cpu,cpu", threads=0, max_queue=16, header_timeout=2, body_idle_timeout=2
+    ) as running:
         yield running
 
 
@@ -83,10 +87,41 @@ def test_killed_processes_fail_only_their_requests_and_come_back(own: Server, so
             os.kill(victim, signal.SIGKILL)
             eventually(f"{kind} {victim} is gone", partial(lambda k, v: v not in own.children(k), kind, victim))
             eventually("requests are answered again", partial(lambda b: statuses[200] > b + 10, before))
-        eventually("all processes are back", lambda: len(own.children("decode")) == 2 and ready(own))
+        eventually(
+            "all processes are back",
+            lambda: len(own.children("decode")) == len(own.children("model")) == 2 and ready(own),
+        )
     assert set(statuses) <= {200, 503}
     assert statuses[503] <= 2 * 4 + 4  # at most those that the two processes had, and one more for each client
     assert own.metric("bridle_serve_worker_restarts_total") >= 2
+
+
+def test_codes_do_not_depend_on_the_process_or_its_threads(own: Server, sounds: list[bytes]) -> None:
+    model = bridle.load(own.process.args[4])  # type: ignore[index]
+    expected = [model.tokenize(sound).codes.T.tolist() for sound in sounds]
+
+    def codes(turn: int) -> object:
+        answer = httpx.post(own.url + "/tokenize", content=sounds[turn % len(sounds)], timeout=60)
+        return answer.json()["clips"][0]["codes"]
+
+    time.sleep(CALM_SECONDS + 0.1)  # then a request by itself gets all cores
+    assert codes(0) == expected[0]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(codes, range(32)))
+    assert found == [expected[turn % len(sounds)] for turn in range(32)]
+
+
+def test_a_model_process_that_hangs_leaves_the_other_at_work(own: Server, sounds: list[bytes]) -> None:
+    stuck, _ = own.children("model")
+    os.kill(stuck, signal.SIGSTOP)
+    try:
+        headers = {"X-Request-Timeout": "2"}
+        asked = (httpx.post(own.url + "/tokenize", content=sounds[0], headers=headers, timeout=60) for _ in range(6))
+        statuses = [answer.status_code for answer in asked]
+    finally:
+        os.kill(stuck, signal.SIGCONT)
+    assert set(statuses) <= {200, 504}
+    assert statuses.count(504) <= 1
 
 
 def test_reload_under_load_fails_no_request_and_takes_the_new_weights(own: Server, sounds: list[bytes]) -> None:
@@ -103,7 +138,7 @@ def test_reload_under_load_fails_no_request_and_takes_the_new_weights(own: Serve
     assert set(statuses) == {200}
     codes = httpx.post(own.url + "/tokenize", content=sounds[0]).json()["clips"][0]["codes"]
     assert codes == bridle.load(folder).tokenize(sounds[0]).codes.T.tolist()
-    eventually("the old processes end", lambda: len(own.children("model")) == 1 and len(own.children("decode")) == 2)
+    eventually("the old processes end", lambda: len(own.children("model")) == len(own.children("decode")) == 2)
     (folder / "model.safetensors").write_bytes(b"damaged")
     answer = httpx.post(own.url + "/v1/models/reload", timeout=120)
     assert (answer.status_code, answer.json()["type"]) == (409, "urn:bridle:problem:reload-failed")
@@ -164,10 +199,11 @@ def test_a_full_queue_answers_429_with_retry_after(own: Server, sounds: list[byt
 
 def test_work_of_gone_clients_and_past_deadlines_is_dropped(own: Server, sounds: list[bytes]) -> None:
     dropped, long = own.metric("bridle_serve_dropped_total"), sounds[0]
-    (pid,) = own.children("model")
-    os.kill(pid, signal.SIGSTOP)
+    pids = own.children("model")
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
     try:
-        for _ in range(10):  # one may be inside the model; the others wait in the queue
+        for _ in range(10):  # two may be inside the model; the others wait in the queue
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(own.url + "/tokenize", content=long, timeout=0.3)
         answer = httpx.post(own.url + "/tokenize", content=long, headers={"X-Request-Timeout": "0.5"}, timeout=30)
@@ -175,7 +211,8 @@ def test_work_of_gone_clients_and_past_deadlines_is_dropped(own: Server, sounds:
         assert answer.json()["type"] == "urn:bridle:problem:deadline"
         eventually("the queue is empty", lambda: own.metric("bridle_serve_queued") == 0)
     finally:
-        os.kill(pid, signal.SIGCONT)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
     assert httpx.post(own.url + "/tokenize", content=long, timeout=30).status_code == 200
     assert own.metric("bridle_serve_dropped_total") >= dropped + 8
 

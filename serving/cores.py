@@ -1,0 +1,60 @@
+"""How many cores this service may use, and how the model processes of one model share them."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+
+CALM_SECONDS = 1.0
+"""After this long without two batches at a time, a batch may have all cores."""
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def available_cores() -> int:
+    """Cores that this process may run on, and no more than its container's CPU limit, rounded up; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such limit: another system, or `max`
+        return cores
+
+
+class SharedCores:
+    """How many threads each batch of a model's processes on the CPU gets.
+
+    A batch by itself gets all cores, so that it is answered soonest. Once batches come beside each other, each process
+    keeps to its part: threads of a batch wait for one another at every operator, so whatever else runs on one's core
+    holds up all of them (at 60 % load, p99 of a small model was 140 instead of 27 ms; benchmarks/serving.py).
+
+    Args:
+        processes: that share the cores.
+        threads: of each process at all times; 0 leaves it to what is going on.
+    """
+
+    def __init__(self, processes: int, threads: int) -> None:
+        cores = available_cores()
+        self._alone = threads or cores
+        self._crowded = threads or max(1, cores // processes)
+        self._busy = 0
+        self._last_crowd = -math.inf
+
+    @property
+    def counts(self) -> list[int]:
+        """The numbers of threads that a batch may get."""
+        return [self._alone, self._crowded]
+
+    def take(self, more: bool) -> int:
+        """Threads for a batch that begins now. `more`: others wait or are being decoded."""
+        self._busy += 1
+        now = time.monotonic()
+        if more or self._busy > 1:
+            self._last_crowd = now
+        return self._alone if now - self._last_crowd > CALM_SECONDS else self._crowded
+
+    def give_back(self) -> None:
+        """A batch has ended."""
+        self._busy -= 1
