@@ -45,7 +45,7 @@ class SharedCores:
     @property
     def counts(self) -> list[int]:
         """The numbers of threads that a batch may get."""
-        return [self._alone, self._crowded]
+        return list(dict.fromkeys((self._alone, self._crowded)))
 
     def take(self, more: bool) -> int:
         """Threads for a batch that begins now. `more`: others wait or are being decoded."""

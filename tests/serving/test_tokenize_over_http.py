@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
-from running_service import Server
+from running_service import Server, serving
 
+import bridle
 from bridle.model_folder import BridleModel
 from bridle.tokens.layouts import LAYOUTS, Vocabulary, from_text
 
@@ -43,6 +45,15 @@ def test_codes_equal_the_librarys_for_a_raw_body_and_many_parts(
     models = [audio_model, image_model, audio_model, image_model]
     assert [clip["codes"] for clip in clips] == [expected(m, c) for m, c in zip(models, mixed, strict=True)]
     assert clips[1]["duration_s"] is None
+
+
+def test_codes_in_bfloat16_equal_the_librarys(tmp_path: Path, audio_folder: Path, sounds: list[bytes]) -> None:
+    model = bridle.load(audio_folder, dtype="bfloat16")
+    with serving(tmp_path, audio_folder, dtype="bfloat16") as server:
+        assert httpx.get(server.url + "/v1/models").json()["data"][0]["dtype"] == "bfloat16"
+        for sound in sounds[:4]:
+            (clip,) = httpx.post(server.url + "/tokenize", content=sound, timeout=60).json()["clips"]
+            assert clip["codes"] == model.tokenize(sound).codes.T.tolist()
 
 
 def test_codes_are_equal_under_load(
