@@ -60,7 +60,8 @@ class _Worker:
         found = []
         for threads in self._thread_counts:
             self._set_threads(threads)
-            found += [torch.cat([self._model.codes(part) for part in clips.split(size)]) for size in (len(clips), 1)]
+            alone = torch.cat([self._model.codes(clip) for clip in clips[:2].split(1)])
+            found += [alone, self._model.codes(clips)[: len(alone)]]
             self._model.embed(clips)
             self._model.embed(clips[:1])
         return {
