@@ -28,7 +28,7 @@ class SharedCores:
 
     A batch by itself gets all cores, so that it is answered soonest. Once batches come beside each other, each process
     keeps to its part: threads of a batch wait for one another at every operator, so whatever else runs on one's core
-    holds up all of them (at 60 % load, p99 of a small model was 140 instead of 27 ms; benchmarks/serving.py).
+    holds up all of them (at 60 % load, p99 of a small model was 159 instead of 35 ms; benchmarks/serving.py).
 
     Args:
         processes: that share the cores.
