@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bridle.config import TrainSettings
+from bridle.cores import available_cores
 
 GIB = 2**30
 SHARED_MEMORY = GIB
@@ -113,8 +114,7 @@ def check_torch() -> Check:
         return Check("torch", "ok", f"{torch.__version__}, CUDA {torch.version.cuda}: {counted} ({bf16})")
     ones = torch.ones(16, 16, dtype=torch.bfloat16)
     assert (ones @ ones).sum() == 16**3
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = f"{torch.__version__}, CPU with {cores} cores (bf16 computes)"
+    found = f"{torch.__version__}, CPU with {available_cores()} cores (bf16 computes)"
     if torch.version.cuda and shutil.which("nvidia-smi"):
         advice = f"the driver must support CUDA {torch.version.cuda}: see nvidia-smi; training would use the CPU"
         return Check("torch", "warn", f"{found}; nvidia-smi is here, but torch sees no GPU", advice)

@@ -55,13 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def pretrain(args: argparse.Namespace) -> int:
     """Builds the run and runs it."""
     from bridle.config import load_recipe
-    from bridle.data.stream import dead_worker
+    from bridle.data.loaders import start_template
+    from bridle.modalities import REGISTRY
     from bridle.training.engine import read_ds_config
     from bridle.training.loop import StoppedBySignalError
     from bridle.training.ranks import join, leave
     from bridle.training.run import PretrainingRun
 
     recipe = load_recipe(args.recipe, overrides(args))
+    if recipe.data.workers:
+        start_template("bridle.data.stream", "bridle.training.clips", REGISTRY[recipe.modality].partition(":")[0])
     ds_config = read_ds_config(args.deepspeed_config)
     folder = Path(args.run or f"runs/{Path(args.recipe).stem}")
     ranks = join()
@@ -69,8 +72,6 @@ def pretrain(args: argparse.Namespace) -> int:
         run = PretrainingRun(recipe, ds_config, args.deepspeed_config, folder, ranks)
         run.run()
     except RuntimeError as error:
-        if "DataLoader worker (pid" in str(error):  # torch raises this from a signal handler, anywhere
-            raise dead_worker(error) from None
         if not any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
             raise
         raise OSError(

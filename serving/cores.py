@@ -1,26 +1,14 @@
-"""How many cores this service may use, and how the model processes of one model share them."""
+"""How the processes of one model share the cores."""
 
 from __future__ import annotations
 
 import math
-import os
 import time
-from pathlib import Path
+
+from bridle.cores import available_cores
 
 CALM_SECONDS = 1.0
 """After this long without two batches at a time, a batch may have all cores."""
-
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-
-
-def available_cores() -> int:
-    """Cores that this process may run on, and no more than its container's CPU limit, rounded up; at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = _QUOTA.read_text().split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such limit: another system, or `max`
-        return cores
 
 
 class SharedCores:

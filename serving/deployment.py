@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bridle.cores import available_cores
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Modality
 from bridle.model_folder import ModelConfig, read_config
 from serving import model_worker
 from serving.arena import Arena
 from serving.batching import Array, Batcher, Entry
-from serving.cores import SharedCores, available_cores
+from serving.cores import SharedCores
 from serving.decoding import DecodePool, Window
 from serving.logs import log
 from serving.metrics import Metrics
@@ -177,9 +178,11 @@ class Deployment:
             batch = await self._batcher.next_batch()
             try:
                 await self._run_batch(device, batch)
-            except (EOFError, ConnectionError):
+            except (EOFError, ConnectionError, TimeoutError) as error:
                 for entry in batch:
                     self._batcher.finish(entry, _gone())
+                if isinstance(error, TimeoutError):
+                    log("error", "a batch took longer than model_seconds", model=self.name, device=device)
                 await self._replace(device)
             except BaseException as error:
                 for entry in batch:
@@ -193,11 +196,12 @@ class Deployment:
         request = {"op": operation, "threads": self._cores.take(self._batcher.more)}
         try:
             channel = self._children[device].channel
-            if codes is not None:
-                await channel.send({**request, "shape": codes.shape}, codes.tobytes())
-            else:
-                await channel.send({**request, "slots": [entry.slot for entry in batch]})
-            answer, payload = await channel.receive()
+            async with asyncio.timeout(self._settings.model_seconds):
+                if codes is not None:
+                    await channel.send({**request, "shape": codes.shape}, codes.tobytes())
+                else:
+                    await channel.send({**request, "slots": [entry.slot for entry in batch]})
+                answer, payload = await channel.receive()
         finally:
             self._cores.give_back()
         if "shape" not in answer:

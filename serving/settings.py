@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from bridle.cores import available_cores
 from bridle.modalities.clip import Limits
 from bridle.settings import RecipeError, Settings, nearest, parse_settings
-from serving.cores import available_cores
 
 PREFIX = "BRIDLE_"
 
@@ -55,6 +55,8 @@ class ServeSettings(Settings):
     """Clips in one forward pass at most."""
     max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 10.0
     """How long a clip may wait for others that are already being decoded; an idle service never waits."""
+    model_seconds: Seconds = 120.0
+    """Time for one batch; a model process that takes longer is ended and replaced."""
     decode_workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Decoding processes per model; 0 takes one per core, up to 4."""
     decode_memory_mb: Annotated[int, Field(ge=64)] = 2048

@@ -17,6 +17,7 @@ BELOW = {
     "settings": set(),
     "config": {"settings"},
     "files": set(),
+    "cores": set(),
     "recipes": set(),
     "modeling": {"config", "settings"},
     "modalities": {"config", "settings"},
@@ -45,8 +46,9 @@ BELOW = {
         "model_folder",
         "tokens",
         "evaluation",
+        "cores",
     },
-    "diagnostics": {"config", "settings"},
+    "diagnostics": {"config", "settings", "cores"},
     "client": set(),
 }
 """What each room may import besides itself. The doors (cli, pretrain, commands) may import every room."""

@@ -33,8 +33,7 @@ def run(args: argparse.Namespace) -> int:
         ModelError, ShardError: no model, no data.
         ValueError: nothing could be decoded.
     """
-    from torch.utils.data import DataLoader
-
+    from bridle.data.loaders import load
     from bridle.data.shards import open_shards
     from bridle.evaluation.codebooks import Windows, code_norms, figures, measure
     from bridle.evaluation.pictures import norms_picture
@@ -42,13 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
     model = load_model(args)
     shards = open_shards(args.shards, extensions=model.modality.extensions)
-    loader = DataLoader(Windows(shards, model.modality), batch_size=None, num_workers=args.workers)
-    try:
-        usage = measure(model, _with_progress(loader, len(shards)))
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ValueError("a decoding process died, out of memory most likely; try again with --workers 0") from None
+    windows = load(Windows(shards, model.modality), args.workers)
+    usage = measure(model, _with_progress(windows, len(shards)))
     norms = code_norms(model)
     rows = figures(usage, norms)
     print(_table(rows))

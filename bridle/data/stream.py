@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import multiprocessing
-import multiprocessing.util
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from bridle.data.errors import SampleError, ShardError
+from bridle.data.loaders import load
 from bridle.data.order import SampleOrder
 from bridle.data.shards import ShardSet
 
@@ -110,69 +108,10 @@ class Stream:
                 f"no stream for batch {batch_size}, micro-batch {micro_batch_size}, rank {rank} of {world}"
             )
         shares = _Shares(start, stop, batch_size, micro_batch_size, rank, world, workers)
-        try:
-            batches = self._start(shares, workers)
-            while (found := next(batches, None)) is not None:
-                if isinstance(found, ShardError):
-                    raise found
-                yield found
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            if not _means_dead_worker(error, workers):
-                raise
-            raise dead_worker(error) from None
-
-    def _start(self, shares: _Shares, workers: int) -> Iterator[Any]:
-        if workers:
-            multiprocessing.util.Finalize(None, _end_loaders, exitpriority=100)
-        # Its own generator: else every stream would move torch's global one.
-        loader: Any = DataLoader(
-            _Positions(self),
-            batch_size=None,
-            sampler=shares,
-            num_workers=workers,
-            collate_fn=_same,
-            worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator(),
-        )
-        return iter(loader)
-
-
-def dead_worker(error: Exception) -> ShardError:
-    """The one line for a loader process that died.
-
-    torch raises ``RuntimeError: DataLoader worker (pid …) …`` from a signal handler, so it may also come up in the
-    middle of what is done between two micro-batches: whoever consumes the stream may turn it into this.
-    """
-    said = " ".join(str(error).split())[:200]
-    fix = "Try fewer data.workers, or a larger /dev/shm (docker: --shm-size)"
-    return ShardError(f"a loader process died ({said}); out of memory or of shared memory? {fix}")
-
-
-def _means_dead_worker(error: Exception, workers: int) -> bool:
-    """torch notices it, or the dead one's tensors cannot be fetched. What `make` raised in a worker is told apart."""
-    if isinstance(error, RuntimeError):
-        return "DataLoader worker (pid" in str(error)
-    return workers > 0 and "in DataLoader worker process" not in str(error)
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """The launcher and a terminal signal the whole process group; a checkpoint needs the loaders a little longer.
-
-    A loader ends with its parent: torch watches for that, and `_end_loaders` for a parent that ends in order.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _end_loaders() -> None:
-    """At exit, multiprocessing sends SIGTERM, which loaders ignore, and would then wait for them for ever."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-def _same(found: Any) -> Any:
-    return found
+        for found in load(_Positions(self), workers, shares):
+            if isinstance(found, ShardError):
+                raise found
+            yield found
 
 
 class _Shares(Sampler[tuple[range, range]]):
