@@ -29,9 +29,9 @@ from typing import Any
 from http_load import Running, closed_loop, free_port, open_loop
 
 BATCHES = (1, 4, 8)
-SERVICE = (2, 8)
+SERVICE = (2, 4, 8)
 """Largest batch."""
-LITSERVE = ((1, 8, 0.0), (1, 8, 0.01), (1, 4, 0.01), (2, 8, 0.0), (2, 8, 0.01), (2, 4, 0.01))
+LITSERVE = ((1, 8, 0.0), (1, 8, 0.01), (1, 4, 0.01), (2, 8, 0.0), (2, 8, 0.01), (2, 4, 0.01), (2, 2, 0.0), (2, 2, 0.01))
 """Workers, which share the threads, largest batch, and seconds to wait for it."""
 CLIENTS = (1, 8, 32)
 
@@ -42,9 +42,9 @@ def main() -> None:
         _bare(args)
         return
     rounds: list[dict[str, float]] = []
-    bare_batch = _best(BATCHES, lambda batch: _run_bare(args, batch, args.seconds / 2)["rate"])
-    largest = _best(SERVICE, lambda batch: _measure_service(args, batch, args.seconds / 2, (32,))["service_rate_32"])
-    best = _best(LITSERVE, lambda setting: _measure_litserve(args, setting, args.seconds / 2)["litserve_rate"])
+    bare_batch = _best(BATCHES, lambda batch: _run_bare(args, batch, args.seconds)["rate"])
+    largest = _best(SERVICE, lambda batch: _measure_service(args, batch, args.seconds, (32,))["service_rate_32"])
+    best = _best(LITSERVE, lambda setting: _measure_litserve(args, setting, args.seconds)["litserve_rate"])
     print(
         json.dumps({"bare_batch": bare_batch, "service_max_batch": largest, "litserve_workers_batch_wait": best}),
         flush=True,

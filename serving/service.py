@@ -116,7 +116,7 @@ class Service:
         ]
 
 
-def service_of(request: Request) -> Service:
-    """The service behind a request."""
+async def service_of(request: Request) -> Service:
+    """The service behind a request. Async, since FastAPI would run a plain function in a thread."""
     service: Service = request.app.state.service
     return service
