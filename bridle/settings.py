@@ -44,8 +44,7 @@ def parse_settings(cls: type[SettingsT], mapping: Mapping[str, Any], where: str)
 
 def _explain(cls: type[Settings], detail: Any, where: str) -> str:
     loc = detail["loc"]
-    # Behind a position in a list stands the kind of its element, which is no key.
-    path = [part for i, part in enumerate(loc) if not (i and isinstance(loc[i - 1], int) and i < len(loc) - 1)]
+    path = [part for i, part in enumerate(loc) if not _is_kind(cls, loc, i)]
     key = ".".join(str(part) for part in path) or "(whole)"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
@@ -55,6 +54,11 @@ def _explain(cls: type[Settings], detail: Any, where: str) -> str:
     if detail["type"] == "value_error" or not path:
         return f"{where}: {key}: {message}"
     return f"{where}: '{key}' = {detail['input']!r}: {message}"
+
+
+def _is_kind(cls: type[Settings], loc: tuple[int | str, ...], i: int) -> bool:
+    """Behind a position in a list of several kinds stands the kind of its element, which is no key."""
+    return 0 < i < len(loc) - 1 and isinstance(loc[i - 1], int) and loc[i] not in _known_keys(cls, loc[:i])
 
 
 def _known_keys(cls: type[Settings], loc: tuple[int | str, ...]) -> set[str]:

@@ -40,6 +40,8 @@ def refused(capsys, *arguments: str) -> str:
         (["phases.1.epochs=3"], "either epochs or steps"),
         (["phases.0.kind=encoder", "phases.0.lr=1", "phases.0.steps=1"], "begin with cold_start"),
         (["model.quantizer.norm=always"], "model.quantizer.norm"),
+        (['data.sources=[{"kind": "shards", "shards": ["a.tar", 3]}]'], "'data.sources.0.shards.1'"),
+        (["phases=[{kind: cold_start, epochs: 1, lr: x}]"], "'phases.0.lr'"),
     ],
 )
 def test_a_wrong_argument_is_one_clear_line(capsys, arguments, expected):
