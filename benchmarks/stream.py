@@ -36,6 +36,7 @@ from bridle.data.shards import ShardSet, open_shards
 from bridle.data.stream import Make, Stream
 from bridle.data.writer import Planned, write_shard
 from bridle.modalities import build_modality
+from bridle.modalities.clip import Modality
 
 RATE = 16_000
 SHARDS = 4
@@ -72,11 +73,7 @@ def main() -> int:
 
 
 def _decoding_runs(shards: ShardSet) -> dict[str, Run]:
-    modality = build_modality("audio", {})
-
-    def clip(data: bytes, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        return {"values": modality.training_clip(data, rng).values}
-
+    clip = partial(_clip, build_modality("audio", {}))
     held = [shards.read(i).data for i in range(DECODED)]
     runs: dict[str, Run] = {"decoding alone": partial(_decode, held, clip)}
     for workers in (0, 1, 2):
@@ -113,6 +110,10 @@ def _nothing(_: ShardSet) -> None:
 
 def _length(data: bytes, rng: np.random.Generator) -> dict[str, torch.Tensor]:
     return {"bytes": torch.tensor(len(data))}
+
+
+def _clip(modality: Modality, data: bytes, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    return {"values": modality.training_clip(data, rng).values}
 
 
 def _read(shards: ShardSet, prepare: Callable[[ShardSet], None], read: Callable[[ShardSet], None]) -> float:
