@@ -22,6 +22,7 @@ from bridle.modalities.clip import Clip, ClipError, Limits, Modality, TooLargeEr
 from bridle.modalities.isolation import confine, leave_network
 from serving import wire
 from serving.arena import attach
+from serving.logs import take_over_logging
 from serving.processes import receive_file, settle_in
 
 PICTURE_WINDOWS = 16
@@ -35,6 +36,7 @@ def main(sock: socket.socket) -> None:
     settle_in("bridle-decode")
     memory = attach(receive_file(sock))
     config, _ = wire.receive(sock)
+    take_over_logging(config["log_level"])
     os.chdir("/")
     torch.set_num_threads(1)
     settings = config["settings"] | ({"isolate": False} if "isolate" in config["settings"] else {})  # we are isolated

@@ -244,6 +244,7 @@ class Deployment:
             "max_batch": settings.max_batch,
             "shape": self._shape,
             "slot_bytes": self.arena.slot_bytes,
+            "log_level": settings.log_level,
         }
         name = f"model-{self.name}-{device}"
         self._children[device] = await Child.start(model_worker.main, name, self.arena.fd, config, MAX_ANSWER)
@@ -256,6 +257,7 @@ class Deployment:
             "memory_bytes": self._settings.decode_memory_mb << 20,
             "seconds": self._settings.decode_seconds,
             "slot_bytes": 4 * math.prod(self._shape),
+            "log_level": self._settings.log_level,
         }
 
 

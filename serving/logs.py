@@ -41,8 +41,14 @@ class JsonHandler(logging.Handler):
 
 
 def take_over_logging(level: str) -> None:
-    """Routes the `logging` module through `log`."""
+    """Routes the `logging` and `warnings` modules through `log`, libraries that write by handlers of their own too."""
     set_level(level)
+    logging.captureWarnings(True)
     root = logging.getLogger()
+    for name in root.manager.loggerDict:
+        logger = logging.getLogger(name)
+        if logger.handlers:
+            logger.handlers.clear()
+            logger.propagate = True
     root.handlers[:] = [JsonHandler()]
     root.setLevel(logging.WARNING if LEVELS[level] > 10 else logging.INFO)

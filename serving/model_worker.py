@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from bridle.model_folder import BridleModel, load
 from bridle.modeling.encoder import Encoder
 from serving import wire
 from serving.arena import attach
+from serving.logs import take_over_logging
 from serving.processes import receive_file, settle_in
 
 
@@ -23,6 +26,7 @@ def main(sock: socket.socket) -> None:
     settle_in("bridle-model")
     memory = attach(receive_file(sock))
     config, _ = wire.receive(sock)
+    take_over_logging(config["log_level"])
     try:
         worker = _Worker(config, memory)
         hello = worker.warm_up()
@@ -49,27 +53,38 @@ class _Worker:
         self._slots = slots.view(-1, config["slot_bytes"] // 4)[:, : int(np.prod(self._shape))]
         self._max_batch: int = config["max_batch"]
         if config["compile"]:
-            for module in (*self._model.encoder.modules(), *self._model.tokenizer.modules()):
-                if isinstance(module, Encoder):
-                    module.compile(dynamic=True)
+            self._compile()
+
+    def _compile(self) -> None:
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes that stays for good
+        tqdm.set_lock(threading.RLock())  # torch's tracer has tqdm take a semaphore, reported as leaked at the end
+        for module in (*self._model.encoder.modules(), *self._model.tokenizer.modules()):
+            if isinstance(module, Encoder):
+                module.compile(dynamic=True)
 
     def warm_up(self) -> dict[str, Any]:
         """Runs the smallest and largest batch at each number of threads, and compares a clip's codes."""
         generator = torch.Generator().manual_seed(0)
-        clips = torch.randn([self._max_batch, *self._shape], generator=generator)
+        rows = torch.randn([self._max_batch, self._slots.shape[1]], generator=generator)
+        # Rows are chosen as for a request: torch.compile guards the tensor that a view is made from, too.
+        clips = self._clips(rows, list(range(len(rows))))
+        singles = [self._clips(rows, [i]) for i in range(min(2, len(rows)))]
         found = []
         for threads in self._thread_counts:
             self._set_threads(threads)
-            alone = torch.cat([self._model.codes(clip) for clip in clips[:2].split(1)])
+            alone = torch.cat([self._model.codes(clip) for clip in singles])
             found += [alone, self._model.codes(clips)[: len(alone)]]
             self._model.embed(clips)
-            self._model.embed(clips[:1])
+            self._model.embed(singles[0])
         return {
             "ready": True,
             "info": self._model.info,
             "positions": found[0].shape[1],
             "codes_depend_on_batch": not all(torch.equal(found[0], codes) for codes in found),
         }
+
+    def _clips(self, rows: Tensor, chosen: list[int]) -> Tensor:
+        return rows[chosen].view(-1, *self._shape)
 
     def _set_threads(self, threads: int) -> None:
         if self._on_cpu:
@@ -90,7 +105,7 @@ class _Worker:
         if header["op"] == "dequantize":
             codes = torch.frombuffer(payload, dtype=torch.int64).view(header["shape"])
             return _plain(self._model.dequantize(codes))
-        clips = self._slots[header["slots"]].view(-1, *self._shape)
+        clips = self._clips(self._slots, header["slots"])
         if header["op"] == "embed":
             return _plain(self._model.embed(clips))
         return _plain(self._model.codes(clips).to(torch.int32))

@@ -56,6 +56,25 @@ def test_codes_in_bfloat16_equal_the_librarys(tmp_path: Path, audio_folder: Path
             assert clip["codes"] == model.tokenize(sound).codes.T.tolist()
 
 
+@pytest.mark.slow
+def test_a_compiled_model_is_ready_when_it_says_so(
+    tmp_path: Path, audio_folder: Path, sounds: list[bytes], audio_model: BridleModel
+) -> None:
+    recompiled = "Recompiling function"
+    with serving(tmp_path, audio_folder, compile=True, log_level="debug", env={"TORCH_LOGS": "recompiles"}) as server:
+        before = sum(recompiled in line["event"] for line in server.lines())
+        assert before > 0
+        same = []
+        for many in (sounds[:1], sounds[:2], sounds[:8]):
+            answer = httpx.post(server.url + "/tokenize", files=files(many), timeout=60).raise_for_status()
+            pairs = zip(answer.json()["clips"], many, strict=True)
+            same += [np.mean(np.array(clip["codes"]) == np.array(expected(audio_model, data))) for clip, data in pairs]
+        httpx.post(server.url + "/encode", files=files(sounds[:3]), timeout=60).raise_for_status()
+        assert np.mean(same) > 0.99  # fused operators round otherwise: a tie may fall the other way
+        assert sum(recompiled in line["event"] for line in server.lines()) == before
+    assert "error" not in {line["level"] for line in server.lines()}
+
+
 def test_codes_are_equal_under_load(
     server: Server, sounds: list[bytes], pictures: list[bytes], audio_model: BridleModel, image_model: BridleModel
 ) -> None:
