@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,8 +43,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
         with clear_disk_errors(path):
             aside.mkdir(parents=True)
             yield aside
+            # As the umask has it: safetensors lets only the owner read.
+            readers = stat.S_IMODE(aside.stat().st_mode) & 0o666
             for file in aside.rglob("*"):
                 if file.is_file():
+                    file.chmod(readers)
                     _flush(file)
             if path.exists():
                 path.rename(old)

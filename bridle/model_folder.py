@@ -284,7 +284,8 @@ def load(
     try:
         weights = load_file(weights_file)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{weights_file}: cannot be read ({error}); export the model again") from None
+        advice = "make it readable or export the model again"
+        raise ModelError(f"{weights_file}: cannot be read ({error}); {advice}") from None
     encoder = Encoder(config.encoder, patch)
     tokenizer: Tokenizer
     if config.tokenizer == "learned":

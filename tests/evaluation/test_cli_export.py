@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,15 @@ def test_export_writes_the_newest_finished_iteration(
     assert exported.info["trained"]["iteration"] == 2
     during_training = bridle.load(tiny_run / "models" / "final")
     assert torch.equal(exported.tokenize(sound).codes, during_training.tokenize(sound).codes)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_a_model_can_be_read_by_whom_the_umask_lets(tiny_run: Path, tmp_path: Path, umask: int, mode: int) -> None:
+    command = [sys.executable, "-m", "bridle.cli", "export", str(tiny_run), str(tmp_path / "model")]
+    subprocess.run(command, check=True, umask=umask)
+    files = sorted((tmp_path / "model").iterdir())
+    assert [file.name for file in files] == ["README.md", "config.json", "model.safetensors"]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {mode}
 
 
 def test_export_of_a_named_iteration_replaces_an_older_model(tiny_run: Path, tmp_path: Path) -> None:
