@@ -47,7 +47,16 @@ class ShardCache:
 
     def index_path(self, url: str) -> Path:
         """Where the index of a remote shard, or of a local one in a read-only place, is kept."""
-        return self._made("indexes") / f"{_hashed(url)}{index.SUFFIX}"
+        return self.folder / "indexes" / f"{_hashed(url)}{index.SUFFIX}"
+
+    def index_place(self, url: str) -> Path:
+        """`index_path`, its folder made.
+
+        Raises:
+            ShardError: the cache cannot be written.
+        """
+        self._made("indexes")
+        return self.index_path(url)
 
     def index_of(self, url: str) -> tuple[Path, index.Header]:
         """The index of a remote shard: ``URL.index`` where that exists, else made from the shard, fetched for it.
@@ -55,7 +64,7 @@ class ShardCache:
         Raises:
             ShardError: the shard cannot be had, or is not a tar.
         """
-        path = self.index_path(url)
+        path = self.index_place(url)
         with FileLock(f"{path}.lock"):
             return path, self._published(url, path) or self._kept(url, path) or self._made_from_shard(url, path)
 
@@ -67,7 +76,8 @@ class ShardCache:
         Raises:
             ShardError: it cannot be had, does not fit the cache, or is not what the index says.
         """
-        path = self._made("shards") / f"{_hashed(url)}.tar"
+        self._made("shards")
+        path = self._shard_path(url)
         if self._is_there(path, header):
             return path
         try:
@@ -94,12 +104,23 @@ class ShardCache:
                 raise
             log.warning("%s: out of reach; the index fetched before is used", shown(address))
             return index.read_header(path)
-        if not path.exists() or path.read_bytes() != content.getvalue():
+        if path.exists() and path.read_bytes() == content.getvalue():
+            return index.read_header(path)
+        try:
             header = index.parse_header(content.getvalue().split(b"\n", 1)[0], shown(address))
-            with written_aside(path) as stream:
-                stream.write(content.getvalue())
-            return header
-        return index.read_header(path)
+            if content.getvalue().count(b"\n") != header.samples + 1:
+                raise ShardError(f"{shown(address)}: lines are missing")
+        except ShardError as error:  # such as the page that a server gives for whatever it does not have
+            fault = str(error).partition(";")[0]
+            log.warning("%s; it is left alone, and the shard is fetched to make one", fault)
+            return None
+        self._shard_path(url).unlink(missing_ok=True)  # the shard that was fetched by the index before
+        with written_aside(path) as stream:
+            stream.write(content.getvalue())
+        return header
+
+    def _shard_path(self, url: str) -> Path:
+        return self.folder / "shards" / f"{_hashed(url)}.tar"
 
     def _kept(self, url: str, path: Path) -> index.Header | None:
         """The index made from the shard in an earlier run, if the shard still has its size."""
@@ -133,6 +154,19 @@ class ShardCache:
                 stream.flush()
                 with open(stream.fileno(), "rb", closefd=False) as written:
                     _check_hash(written, header.sha256, name)
+            elif header and header.samples:
+                stream.flush()
+                self._check_entries(Path(stream.name), url, header)
+
+    def _check_entries(self, fetched: Path, url: str, header: index.Header) -> None:
+        """Without a hash, the tar's own headers tell whether an index of the right size is its."""
+        try:
+            if index.scan(fetched)[1] == index.read(self.index_path(url))[1]:
+                return
+            fault = "its index was made for another tar of the same size"
+        except ShardError as error:
+            fault = str(error).removeprefix(f"{fetched}: ")
+        raise ShardError(f"{shown(url)}: {fault}; {AGAIN}")
 
     def _is_there(self, path: Path, header: index.Header | None) -> bool:
         try:

@@ -28,11 +28,12 @@ HTTP_TIMEOUT = (10.0, 60.0)
 """Seconds to connect, and without a byte."""
 PIPE_STALL_SECONDS = 600.0
 S3_GONE = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
+S3_BUSY = {"SlowDown", "Throttling", "RequestTimeout"}
 S3_FORBIDDEN = {"403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
 
 
 class UnavailableError(ShardError):
-    """The server answers, and says that the file is not there or not ours to read."""
+    """The server answers, and says that it will not give the file: not there, not ours to read, no such request."""
 
 
 class _TransientError(Exception):
@@ -144,11 +145,11 @@ def _open_http(url: str, name: str) -> Iterator[tuple[int | None, Iterator[bytes
     try:
         with requests.get(url, stream=True, timeout=HTTP_TIMEOUT, headers=headers) as answer:
             status = f"{answer.status_code} {answer.reason}"
-            if answer.status_code == 429 or answer.status_code >= 500:
+            if answer.status_code in {408, 425, 429} or answer.status_code >= 500:
                 raise _TransientError(f"the server answers {status}")
             if answer.status_code in {401, 403}:
                 raise UnavailableError(f"{name}: the server answers {status}; check that this machine may read it")
-            if answer.status_code in {404, 410}:
+            if 400 <= answer.status_code < 500:
                 raise UnavailableError(f"{name}: the server answers {status}; check the address")
             if answer.status_code != 200:
                 raise ShardError(f"{name}: the server answers {status}, expected 200; check the address")
@@ -207,11 +208,11 @@ def _s3_errors(name: str) -> Iterator[None]:
             raise UnavailableError(
                 f"{name}: S3 answers {said}; check the credentials and the bucket's policy"
             ) from None
-        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) >= 500 or code in {
-            "SlowDown",
-            "Throttling",
-        }:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+        if status >= 500 or code in S3_BUSY:
             raise _TransientError(f"S3 answers {said}") from None
+        if status >= 400:
+            raise UnavailableError(f"{name}: S3 answers {said}; check the address and the AWS settings") from None
         raise ShardError(f"{name}: S3 answers {said}") from None
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
         fix = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"

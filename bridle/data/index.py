@@ -2,9 +2,12 @@
 
 ``NAME.tar.index`` holds JSON lines. The first is the header::
 
-    {"version": 1, "bytes": 52428800, "samples": 160, "kinds": {"json+wav": 160}, "sha256": "…" or null}
+    {"version": 1, "bytes": 52428800, "samples": 160, "kinds": {"json+wav": 160}, "sha256": "…" or null,
+     "mtime_ns": 1764201169549219006}
 
-`kinds` counts the samples by the extensions they have. Each further line is one sample, in the order of the tar::
+`kinds` counts the samples by the extensions they have; `mtime_ns` is when the tar was last written, in nanoseconds
+since 1970, and tells a tar that was built again at the same size. Each further line is one sample, in the order of the
+tar::
 
     {"key": "dog/1-100032-A-0", "members": {"wav": [512, 441044], "json": [442368, 96]}}
 
@@ -18,6 +21,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import posixpath
 import re
 import tarfile
 from dataclasses import dataclass
@@ -41,13 +45,15 @@ class Header:
     """First line of an index.
 
     bytes: size of the tar. samples: lines that follow. kinds: samples by their extensions, sorted and joined by ``+``.
-    sha256: of the tar, hexadecimal; none where nobody has read the whole tar yet.
+    sha256: of the tar, hexadecimal; none where nobody has read the whole tar yet. mtime_ns: of the tar when it was
+    scanned; none in indexes of older versions.
     """
 
     bytes: int
     samples: int
     kinds: dict[str, int]
     sha256: str | None
+    mtime_ns: int | None = None
 
     def with_any_of(self, extensions: set[str]) -> int:
         """Samples that have a member of at least one of `extensions`."""
@@ -75,7 +81,8 @@ def scan(path: Path, *, hashed: bool = False) -> tuple[Header, list[Entry]]:
         ShardError: not a plain tar, truncated, damaged, or a key that stands in two places.
     """
     with path.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
+        about = os.fstat(stream.fileno())
+        size = about.st_size
         _refuse_compressed(path, stream)
         entries = _entries(path, stream, size)
         digest = _sha256(stream) if hashed else None
@@ -83,17 +90,22 @@ def scan(path: Path, *, hashed: bool = False) -> tuple[Header, list[Entry]]:
     for entry in entries:
         kind = "+".join(sorted(entry.members))
         kinds[kind] = kinds.get(kind, 0) + 1
-    return Header(size, len(entries), kinds, digest), entries
+    return Header(size, len(entries), kinds, digest, about.st_mtime_ns), entries
 
 
 def _entries(path: Path, stream: BinaryIO, size: int) -> list[Entry]:
     entries: list[Entry] = []
     seen: set[str] = set()
+    stored: dict[str, tuple[int, int]] = {}
+    links: list[tuple[Entry, str, tarfile.TarInfo]] = []
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
-                named = split_name(member.name) if member.isreg() else None
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps all it has seen
+                _refuse_sparse(path, member)
+                if member.isreg():
+                    stored[member.name] = (member.offset_data, member.size)
+                named = split_name(member.name) if member.isreg() or member.islnk() or member.issym() else None
                 if named is None:
                     continue
                 key, extension = named
@@ -105,11 +117,47 @@ def _entries(path: Path, stream: BinaryIO, size: int) -> list[Entry]:
                 if extension in entries[-1].members:
                     raise _duplicate(path, member.name, member.offset, f"two members '{extension}' of the key '{key}'")
                 entries[-1].members[extension] = (member.offset_data, member.size)
+                if not member.isreg():
+                    links.append((entries[-1], extension, member))
             end = tar.offset
     except (tarfile.TarError, EOFError) as error:
         raise ShardError(f"{path}: not a whole tar: {error} (file of {size} bytes); {AGAIN}") from None
     _check_end(path, stream, end, size)
+    for entry, extension, member in links:
+        entry.members[extension] = _linked(path, member, links, stored)
     return entries
+
+
+def _refuse_sparse(path: Path, member: tarfile.TarInfo) -> None:
+    if member.issparse():
+        raise ShardError(
+            f"{path}: member '{member.name}' at offset {member.offset} is sparse: its holes are not in the tar, so it"
+            " cannot be read by offset; pack it again without --sparse"
+        )
+
+
+def _linked(
+    path: Path,
+    member: tarfile.TarInfo,
+    links: list[tuple[Entry, str, tarfile.TarInfo]],
+    stored: dict[str, tuple[int, int]],
+) -> tuple[int, int]:
+    """Offset and size of the member of the same tar that a hard or symbolic link leads to, over other links too."""
+    targets = {link.name: link for _, _, link in links}
+    name, at = member.name, member
+    for _ in range(len(links)):
+        name = (
+            at.linkname if at.islnk() else posixpath.normpath(posixpath.join(posixpath.dirname(at.name), at.linkname))
+        )
+        if name in stored or name not in targets:
+            break
+        at = targets[name]
+    if name not in stored:
+        raise ShardError(
+            f"{path}: member '{member.name}' at offset {member.offset} is a link to '{member.linkname}', which is no"
+            " file in this tar; pack it again with the files themselves (tar --dereference --hard-dereference)"
+        )
+    return stored[name]
 
 
 def _check_end(path: Path, stream: BinaryIO, end: int, size: int) -> None:
@@ -184,6 +232,7 @@ def parse_header(line: bytes, where: str) -> Header:
         fields = json.loads(line)
         version = fields["version"]
         header = Header(int(fields["bytes"]), int(fields["samples"]), dict(fields["kinds"]), fields["sha256"])
+        header = dataclasses.replace(header, mtime_ns=fields.get("mtime_ns"))
     except (ValueError, KeyError, TypeError):
         raise ShardError(f"{where}: not an index of a shard; delete it, and it is built again") from None
     if version != VERSION:

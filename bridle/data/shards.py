@@ -22,6 +22,7 @@ import numpy as np
 from bridle.data import index
 from bridle.data.cache import ShardCache
 from bridle.data.errors import SampleError, ShardError
+from bridle.data.local_index import local_index
 from bridle.data.order import Source
 from bridle.data.patterns import expand, is_remote, shown
 
@@ -100,11 +101,8 @@ def open_shards(
     shard_cache = ShardCache(cache, cache_gb)
     wanted = tuple(extension.lower().lstrip(".") for extension in extensions)
     urls = expand(patterns)
-    if any(map(is_remote, urls)):
-        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-            found = list(pool.map(lambda url: _index_of(url, shard_cache), urls))
-    else:
-        found = [_index_of(url, shard_cache) for url in urls]
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        found = list(pool.map(lambda url: _index_of(url, shard_cache), urls))
     shards = [
         Shard(url, header, path, header.with_any_of(set(wanted) or _all_but_meta(header)))
         for url, (path, header) in zip(urls, found, strict=True)
@@ -145,38 +143,6 @@ def open_mixture(
 
 def _index_of(url: str, cache: ShardCache) -> tuple[Path, index.Header]:
     return cache.index_of(url) if is_remote(url) else local_index(Path(url), cache)
-
-
-def local_index(path: Path, cache: ShardCache) -> tuple[Path, index.Header]:
-    """The index of a local shard, built if missing or stale: beside it, or in the cache if its folder is read-only.
-
-    Raises:
-        ShardError: the shard cannot be read, or is damaged.
-    """
-    beside = path.with_name(path.name + index.SUFFIX)
-    try:
-        size = path.stat().st_size
-        for candidate in (beside, cache.index_path(str(path))):
-            try:
-                header = index.read_header(candidate)
-            except OSError:
-                continue
-            except ShardError as error:
-                log.warning("%s; building it again", error)
-                continue
-            if header.bytes == size:
-                return candidate, header
-            log.warning("%s: made for %d bytes, the shard has %d; building it again", candidate, header.bytes, size)
-        header, entries = index.scan(path)
-    except OSError as error:
-        raise ShardError(f"{path}: cannot be read: {error.strerror}; check the file and its permissions") from None
-    try:
-        index.write(beside, header, entries)
-    except OSError as error:
-        log.info("%s: %s; the index goes to the cache", beside, error.strerror)
-        beside = cache.index_path(str(path))
-        index.write(beside, header, entries)
-    return beside, header
 
 
 def _all_but_meta(header: index.Header) -> set[str]:

@@ -115,7 +115,11 @@ def test_a_connection_that_always_drops_is_an_error(server: Server, make_tar: Ma
 
 @pytest.mark.parametrize(
     ("status", "match"),
-    [(403, "403 .* check that this machine may read it"), (404, "404 .* check the address"), (418, "expected 200")],
+    [
+        (403, "403 .* check that this machine may read it"),
+        (404, "404 .* check the address"),
+        (418, "418 .* check the address"),
+    ],
 )
 def test_refusals_are_told_at_once(server: Server, status: int, match: str) -> None:
     server.answers["/s.tar"] = [status]
@@ -123,6 +127,34 @@ def test_refusals_are_told_at_once(server: Server, status: int, match: str) -> N
     with pytest.raises(ShardError, match=match):
         open_shards([f"{server.address}/s.tar"], extensions=["num"])
     assert server.requests.count("/s.tar") == 1
+
+
+@pytest.mark.parametrize("answer", [400, 405, "html"])
+def test_a_server_that_gives_anything_for_an_index_is_taken_to_have_none(
+    server: Server, make_tar: MakeTar, answer: int | str
+) -> None:
+    make_tar(server.root / "s.tar", samples("a"))
+    if answer == "html":
+        (server.root / "s.tar.index").write_bytes(b"<!doctype html><title>Welcome</title>\n<p>Nothing here.\n")
+    else:
+        server.answers["/s.tar.index"] = [answer] * 9
+    assert contents(open_shards([f"{server.address}/s.tar"], extensions=["num"]))[4] == b"4" * 3000
+
+
+def test_a_shard_rebuilt_at_the_same_size_is_never_read_at_the_old_offsets(server: Server, make_tar: MakeTar) -> None:
+    pattern = f"{server.address}/s.tar"
+    tar = make_tar(server.root / "s.tar", [("a.num", b"1" * 400), ("b.num", b"2" * 600), ("c.num", b"3")])
+    write_index(tar)
+    assert contents(open_shards([pattern], extensions=["num"]))[1] == b"2" * 600
+    make_tar(tar, [("a.num", b"1" * 600), ("b.num", b"2" * 400), ("c.num", b"3")])
+    header = write_index(tar)
+    assert contents(open_shards([pattern], extensions=["num"]))[1] == b"2" * 400  # not the copy in the cache
+
+    make_tar(tar, [("a.num", b"1" * 400), ("b.num", b"2" * 600), ("c.num", b"3")])
+    beside = server.root / "s.tar.index"
+    beside.write_text(beside.read_text().replace(f'"{header.sha256}"', "null"))  # an index that nobody hashed for
+    with pytest.raises(ShardError, match=r"s\.tar: its index was made for another tar of the same size; upload"):
+        open_shards([pattern], extensions=["num"]).read(1)
 
 
 def test_a_shard_that_is_not_its_index_is_refused(server: Server, make_tar: MakeTar) -> None:
@@ -266,4 +298,4 @@ def test_two_processes_fetch_a_shard_once(server: Server, make_tar: MakeTar) -> 
 def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ShardError, match=r"cache folder .*file/.*; name a folder you may write in data\.cache"):
-        ShardCache(tmp_path / "file").index_path("http://h/s.tar")
+        ShardCache(tmp_path / "file").index_place("http://h/s.tar")
