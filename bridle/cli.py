@@ -7,11 +7,12 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from bridle.settings import RecipeError
 
-COMMANDS = ("doctor", "shards", "export", "tokenize", "codebooks", "report", "serve")
-"""Each is a file in bridle/commands/."""
+COMMANDS = ("doctor", "shards", "launch", "export", "tokenize", "codebooks", "report", "fetch-model", "serve")
+"""Each is a file in bridle/commands/, with _ for -."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +40,10 @@ def report_mistakes(program: str, job: Callable[[], int]) -> int:
         return 1
 
 
+def _file_of(command: str) -> ModuleType:
+    return importlib.import_module(f"bridle.commands.{command.replace('-', '_')}")
+
+
 def _dispatch(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bridle", description="Discrete tokens of sound, images and video.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
@@ -48,7 +53,7 @@ def _dispatch(arguments: list[str]) -> int:
         if wanted in COMMANDS and name != wanted:
             commands.add_parser(name)
             continue
-        module = importlib.import_module(f"bridle.commands.{name}")
+        module = _file_of(name)
         module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.HELP))
     args = parser.parse_args(arguments)
     if args.version:
@@ -59,7 +64,7 @@ def _dispatch(arguments: list[str]) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    return int(importlib.import_module(f"bridle.commands.{args.command}").run(args))
+    return int(_file_of(args.command).run(args))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     making.add_argument("--split", metavar="NAME", help="imagefolder, kinetics: train, val or test")
     making.add_argument("--jobs", type=_positive(int), default=JOBS, metavar="N", help=f"shards at once ({JOBS})")
+    making.add_argument(
+        "--part", type=_part, default=(0, 1), metavar="I/N", help="of N machines at one DST, the I-th from 0 (0/1)"
+    )
     indexing = actions.add_parser("index", help="build the index, with sha256, of each shard")
     checking = actions.add_parser("check", help="read every sample and report what is wrong")
     checking.add_argument("--modality", metavar="NAME", help="also decode every sample as audio, image or video")
@@ -62,12 +65,12 @@ def _build(args: argparse.Namespace) -> int:
     def progress(done: Built) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= REPORT_SECONDS or done.samples == total:
+        if now - last >= REPORT_SECONDS or done.samples == done.planned:
             seconds = max(now - began, 1e-9)
             rate, speed = (done.samples - done.kept_samples) / seconds, (done.bytes - done.kept_bytes) / 1e6 / seconds
-            left = f"{(total - done.samples) / rate:.0f} s left" if rate else "nothing new so far"
-            line = f"{done.samples}/{total} samples, {done.bytes / 1e6:.1f} MB, {rate:.0f}/s, {speed:.1f} MB/s, {left}"
-            print(line, file=sys.stderr)
+            left = f"{(done.planned - done.samples) / rate:.0f} s left" if rate else "nothing new so far"
+            share = f"{done.samples}/{done.planned} samples, {done.bytes / 1e6:.1f} MB"
+            print(f"{share}, {rate:.0f}/s, {speed:.1f} MB/s, {left}", file=sys.stderr)
             last = now
 
     built = build(
@@ -77,11 +80,11 @@ def _build(args: argparse.Namespace) -> int:
         samples_per_shard=args.samples_per_shard,
         jobs=args.jobs,
         progress=progress,
+        part=args.part,
     )
     if built.missing:
         names = ", ".join(built.missing[:NAMED]) + (", …" if len(built.missing) > NAMED else "")
-        where = args.dst / "missing.txt"
-        print(f"{len(built.missing)} files are missing or empty: {names} (all in {where})", file=sys.stderr)
+        print(f"{len(built.missing)} files are missing or empty: {names} (all in {built.listed})", file=sys.stderr)
     kept = f", {built.kept_shards} of them from an earlier run" if built.kept_shards else ""
     print(f"{args.dst}: {built.shards} shards{kept}, {built.samples} samples, {built.bytes} bytes")
     return 0
@@ -136,3 +139,10 @@ def _positive(number: Callable[[str], float]) -> Callable[[str], float]:
 
     parse.__name__ = number.__name__  # argparse names the type in its message
     return parse
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N - 1, such as 0/4")
+    return int(number), int(count)

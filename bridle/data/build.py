@@ -19,8 +19,12 @@ from bridle.data.writer import Planned, write_index, write_shard
 
 @dataclass
 class Built:
-    """What stands in the folder, and of it what earlier runs had finished (`kept`); files that are not in it."""
+    """What stands in the folder, and of it what earlier runs had finished (`kept`); files that are not in it.
 
+    planned: samples that this build, or this part of it, is for; listed: the file that names the missing ones.
+    """
+
+    planned: int = 0
     shards: int = 0
     samples: int = 0
     bytes: int = 0
@@ -28,6 +32,7 @@ class Built:
     kept_samples: int = 0
     kept_bytes: int = 0
     missing: list[str] = field(default_factory=list)
+    listed: Path = Path("missing.txt")
 
 
 Progress = Callable[[Built], None]
@@ -35,7 +40,14 @@ Progress = Callable[[Built], None]
 
 
 def build(
-    plan: Plan, destination: Path, *, shard_bytes: int, samples_per_shard: int | None, jobs: int, progress: Progress
+    plan: Plan,
+    destination: Path,
+    *,
+    shard_bytes: int,
+    samples_per_shard: int | None,
+    jobs: int,
+    progress: Progress,
+    part: tuple[int, int] = (0, 1),
 ) -> Built:
     """Writes ``shard-000000.tar``, … with their indexes, and ``missing.txt`` where files were missing.
 
@@ -46,6 +58,8 @@ def build(
         shard_bytes: a shard is closed before it passes this, unless one sample alone does.
         samples_per_shard: bound on samples as well.
         jobs: shards written at once, each by a thread: reading, hashing and writing leave Python's lock.
+        part: (i, n): of n builds of one plan, side by side, the i-th writes shards i, i + n, i + 2n, …
+            and ``missing-I-of-N.txt``.
 
     Raises:
         ShardError: no room on the disk, no file of a shard can be read, shards in the folder that are not of this plan,
@@ -53,9 +67,10 @@ def build(
     """
     try:
         destination.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(destination / ".build.lock"), timeout=0)
-        with lock:
-            return _build(plan, destination, list(_cut(plan.samples, shard_bytes, samples_per_shard)), jobs, progress)
+        suffix = "" if part[1] == 1 else f"-{part[0]}-of-{part[1]}"
+        groups = list(_cut(plan.samples, shard_bytes, samples_per_shard))
+        with FileLock(str(destination / f".build{suffix}.lock"), timeout=0):
+            return _build(plan, destination, groups, jobs, progress, part, destination / f"missing{suffix}.txt")
     except Timeout:
         raise ShardError(f"{destination}: another `bridle shards build` is writing there; wait for it to end") from None
     except OSError as error:
@@ -64,18 +79,29 @@ def build(
         raise ShardError(f"{error.filename or destination}: {error.strerror}") from None
 
 
-def _build(plan: Plan, destination: Path, groups: list[list[Planned]], jobs: int, progress: Progress) -> Built:
+def _build(
+    plan: Plan,
+    destination: Path,
+    groups: list[list[Planned]],
+    jobs: int,
+    progress: Progress,
+    part: tuple[int, int],
+    listed: Path,
+) -> Built:
     names = [f"shard-{number:06d}.tar" for number in range(len(groups))]
     strangers = sorted({file.name for file in destination.glob("*.tar")} - set(names))
     if strangers:
         more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
         fix = "choose an empty folder, or delete them"
         raise ShardError(f"{destination}: holds shards that are not of this build ({strangers[0]}{more}); {fix}")
+    ours = dict(list(zip(names, groups, strict=True))[part[0] :: part[1]])
     for leftover in destination.glob(".*.partial"):
-        leftover.unlink()
-    built = Built(missing=list(plan.missing))
+        if leftover.name[1:].partition(".tar")[0] + ".tar" in ours or leftover.name.startswith(f".{listed.name}."):
+            leftover.unlink()
+    missing = list(plan.missing) if part[0] == 0 else []
+    built = Built(planned=sum(map(len, ours.values())), missing=missing, listed=listed)
     with ThreadPoolExecutor(jobs) as pool:
-        begun = [pool.submit(_shard, destination / name, group) for name, group in zip(names, groups, strict=True)]
+        begun = [pool.submit(_shard, destination / name, group) for name, group in ours.items()]
         try:
             for done in as_completed(begun):
                 _count(built, *done.result())
@@ -83,7 +109,6 @@ def _build(plan: Plan, destination: Path, groups: list[list[Planned]], jobs: int
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    listed = destination / "missing.txt"
     if built.missing:
         with written_aside(listed) as stream:
             stream.write("".join(f"{name}\n" for name in built.missing).encode(errors="surrogateescape"))

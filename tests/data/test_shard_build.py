@@ -161,6 +161,30 @@ def test_a_second_run_keeps_finished_shards_and_repairs_others(
     assert first.stat().st_mtime_ns == times and not list(out.glob(".*.partial"))
 
 
+def test_parts_built_side_by_side_are_the_whole_build(tree: Tree, tmp_path: Path) -> None:
+    root = tree({**clips(23), "a/empty.wav": b""})
+    assert build("folder", root, tmp_path / "whole", "--samples-per-shard", "4") == 0
+    parts = [
+        subprocess.Popen(
+            [sys.executable, "-m", "bridle.cli", "shards", "build", "--kind", "folder", str(root),
+             str(tmp_path / "parts"), "--samples-per-shard", "4", "--part", f"{i}/3"]
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    assert [part.wait(120) for part in parts] == [0, 0, 0]
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("shard-*")}
+    assert len(files) == 12
+    assert {path.name: path.read_bytes() for path in (tmp_path / "parts").glob("shard-*")} == files
+    assert (tmp_path / "parts/missing-0-of-3.txt").read_bytes() == (tmp_path / "whole/missing.txt").read_bytes()
+    assert not list((tmp_path / "parts").glob(".*.partial"))
+
+
+def test_a_part_that_cannot_be_is_refused(tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        build("folder", tree(clips(2)), tmp_path / "out", "--part", "3/3")
+    assert ended.value.code == 2 and "'3/3': expected I/N with I from 0 to N - 1" in capsys.readouterr().err
+
+
 def test_shards_of_another_build_are_not_mixed_in(
     tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
