@@ -5,11 +5,12 @@ model="${1:-runs/demo/model}"
 port="${PORT:-8000}"
 [ -f "$model/config.json" ] || { echo "no model in $model; run: make demo" >&2; exit 1; }
 
-bridle serve "$model" --port "$port" &
+log="$(mktemp)"
+bridle serve "$model" --port "$port" 2> >(tee "$log" >&2) &
 service=$!
-trap 'kill -TERM "$service" 2>/dev/null; wait "$service"' EXIT
-until curl -fs -o /dev/null "http://127.0.0.1:$port/readyz"; do
-  kill -0 "$service" || exit 1
+trap 'kill -TERM "$service" 2>/dev/null; wait "$service"; rm -f "$log"' EXIT
+until grep -q '"event": "ready"' "$log"; do  # its own word: another service may have the port
+  kill -0 "$service" 2>/dev/null || { wait "$service"; exit 1; }
   sleep 0.5
 done
 

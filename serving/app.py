@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -10,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from bridle import __version__
+from bridle.settings import nearest
 from serving.middleware import Around
 from serving.problems import BY_STATUS, INTERNAL, ClientGoneError, ProblemError
 from serving.routes import clips, dequantize, operation, pages
@@ -25,6 +28,8 @@ def build_app(service: Service) -> ASGIApp:
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
+        root_path=service.settings.root_path.rstrip("/"),
+        redirect_slashes=False,
         exception_handlers={
             ProblemError: _problem,
             RequestValidationError: _wrong_parameter,
@@ -65,8 +70,18 @@ async def _internal(request: Request, error: Exception) -> Response:
 
 async def _wrong_parameter(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    told = "; ".join(f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors()[:8])
+    told = "; ".join(_explained(one, request) for one in error.errors()[:8])
     return await _problem(request, ProblemError("wrong-parameter", told))
+
+
+def _explained(fault: Any, request: Request) -> str:
+    """What is wrong with a parameter, and which one was meant where there is none of that name."""
+    place = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] != "extra_forbidden":
+        return f"{place}: {fault['msg']}"
+    groups = (field.field_info.annotation for field in request.scope["route"].dependant.query_params)
+    known = {name for group in groups for name in getattr(group, "model_fields", {})}
+    return f"{place[:80]}: there is no such parameter{nearest(str(fault['loc'][-1]), known)}"
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

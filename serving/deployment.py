@@ -35,13 +35,16 @@ MAX_ANSWER = 1 << 31
 class Deployment:
     """A model in service. Made by `start`, which returns when it is warm.
 
-    name: what `model=` calls it; info: what the model says about itself.
+    name: what `model=` calls it, the settings' name or else the folder's own; info: what the model says about itself.
     """
 
-    def __init__(self, folder: Path, settings: ServeSettings, metrics: Metrics, devices: list[str]) -> None:
+    def __init__(
+        self, folder: Path, settings: ServeSettings, metrics: Metrics, devices: list[str], alias: str | None = None
+    ) -> None:
         self.folder = folder
+        self.alias = alias
         self.config: ModelConfig = read_config(folder)
-        self.name = self.config.name
+        self.name = alias or self.config.name
         self.modality: Modality = build_modality(self.config.modality, self.config.clip, settings.limits)
         self.info: dict[str, Any] = {}
         self.codes_depend_on_batch = False
@@ -123,6 +126,11 @@ class Deployment:
             self._users -= 1
             if not self._users:
                 self._unused.set()
+
+    @property
+    def devices(self) -> list[str]:
+        """Where it runs, one entry a process."""
+        return [device.partition("#")[0] for device in self._devices]
 
     @property
     def running(self) -> bool:

@@ -46,11 +46,13 @@ class Around:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        method = scope["method"]
+        scope = _normal(scope, self._service.settings.root_path.rstrip("/"))
         exchange = _Exchange(scope, receive, send, self._service.settings.body_idle_timeout)
         metrics = self._service.metrics
         metrics.in_flight.inc()
         try:
-            with self._service.tracing.request(f"{scope['method']} {scope['path']}", exchange.headers) as span:
+            with self._service.tracing.request(f"{method} {scope['path']}", exchange.headers) as span:
                 await self._serve(exchange)
                 if span is not None:
                     span.set_attribute("http.response.status_code", exchange.status)
@@ -66,7 +68,7 @@ class Around:
                 "debug" if quiet else "info",
                 "request",
                 request_id=exchange.id,
-                method=scope["method"],
+                method=method,
                 path=scope["path"][:200],
                 status=exchange.status,
                 seconds=round(seconds, 4),
@@ -102,7 +104,7 @@ class Around:
             return
         origin = headers.get("origin")
         allowed = origin is not None and origin in self._service.settings.cors_origins
-        if headers.get("sec-fetch-site") == "cross-site" and not allowed:
+        if _from_elsewhere(headers) and not allowed:
             raise ProblemError("forbidden", "pages of other sites may not call the service; set cors_origins")
         if not keys.needed:
             host = _host(headers.get("host", ""))
@@ -193,6 +195,26 @@ class _Exchange:
                     read += len((await self.receive()).get("body", b""))
         except TimeoutError:
             pass
+
+
+def _normal(scope: Scope, prefix: str) -> Scope:
+    """The request as the routes know it: without the proxy's prefix and a slash at the end (a redirect would lead to
+    another scheme or host behind a proxy), HEAD as GET (the protocol leaves the body out)."""
+    path = scope["path"]
+    if prefix and (path == prefix or path.startswith(prefix + "/")):
+        path = path[len(prefix) :] or "/"
+    path = path.rstrip("/") or "/"
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "path": path, "method": method}
+
+
+def _from_elsewhere(headers: Headers) -> bool:
+    """Whether a page of another site asks. Browsers say so themselves, but not where the page came over plain http:
+    then its `Origin` is compared with the host that it asks."""
+    said, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if said is not None or origin is None:
+        return said == "cross-site"
+    return origin.partition("://")[2].lower() != headers.get("host", "").lower()
 
 
 def _host(header: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bridle.settings import RecipeError
+from bridle.settings import RecipeError, nearest
 from serving.deployment import Deployment, devices_of
 from serving.logs import log
 from serving.metrics import Metrics
@@ -15,6 +16,17 @@ from serving.settings import ServeSettings
 
 SPECIFIC = ("image", "video")
 """Modalities asked first, for a film has sound: what both film and sound could be is tried as a film."""
+
+
+_NAMED = re.compile(r"([A-Za-z0-9._-]{1,64})=(.+)")
+
+
+def named_folder(text: str) -> tuple[str | None, Path]:
+    """The name and the folder of ``NAME=FOLDER``; no name where it is a folder as it stands."""
+    match = _NAMED.fullmatch(text)
+    if match is None or Path(text).exists():
+        return None, Path(text)
+    return match[1], Path(match[2])
 
 
 class Registry:
@@ -34,10 +46,13 @@ class Registry:
             RecipeError: two models of one name. ModelError, RuntimeError, ConnectionError: one does not start.
         """
         devices = devices_of(self._settings)
-        made = [Deployment(Path(folder), self._settings, self._metrics, devices) for folder in self._settings.models]
+        made = [
+            Deployment(folder, self._settings, self._metrics, devices, alias)
+            for alias, folder in map(named_folder, self._settings.models)
+        ]
         for one in made:
             if one.name in self._models:
-                raise RecipeError(f"two models are called '{one.name}'; export one under another name")
+                raise RecipeError(f"two models are called '{one.name}'; give one a name of its own: NAME={one.folder}")
             self._models[one.name] = one
         for one in made:
             await one.start()
@@ -60,16 +75,15 @@ class Registry:
         return bool(self._models) and all(model.running for model in self._models.values())
 
     def get(self, name: str) -> Deployment:
-        """The model of a name.
+        """The model of a name: the one that the settings gave it, or else the folder's own.
 
         Raises:
             ProblemError: there is none.
         """
-        if name not in self._models:
-            raise ProblemError(
-                "wrong-parameter", f"model '{name[:80]}' is not loaded; loaded: {', '.join(self._models)}"
-            )
-        return self._models[name]
+        found = self._models.get(name) or next((m for m in self._models.values() if m.config.name == name), None)
+        if found is None:
+            raise ProblemError("wrong-parameter", f"model '{name[:80]}' is not loaded{_meant(name, self._models)}")
+        return found
 
     def choose(self, name: str | None, modality: str | None, head: bytes) -> list[Deployment]:
         """The models to try, in order: the one named, that of the modality named, or those that recognise the content.
@@ -88,7 +102,7 @@ class Registry:
         if modality is not None:
             if modality not in firsts:
                 raise ProblemError(
-                    "wrong-parameter", f"no model for modality '{modality[:80]}' is loaded; loaded: {', '.join(firsts)}"
+                    "wrong-parameter", f"no model for modality '{modality[:80]}' is loaded{_meant(modality, firsts)}"
                 )
             return [firsts[modality]]
         if not head:
@@ -99,10 +113,7 @@ class Registry:
         ]
         found = [firsts[kind] for kind in names if firsts[kind].modality.recognises(head)]
         if not found:
-            raise ProblemError(
-                "unsupported-kind",
-                f"the content is not recognised as {' or '.join(firsts)}; docs/serving.md lists the kinds",
-            )
+            raise ProblemError("unsupported-kind", _not_recognised(head, firsts.values()))
         return found
 
     async def reload(self, name: str | None = None) -> list[Deployment]:
@@ -117,7 +128,7 @@ class Registry:
 
     async def _reload(self, old: Deployment) -> Deployment:
         try:
-            new = Deployment(old.folder, self._settings, self._metrics, devices_of(self._settings))
+            new = Deployment(old.folder, self._settings, self._metrics, devices_of(self._settings), old.alias)
             if new.name != old.name and new.name in self._models:
                 raise RecipeError(f"another model is called '{new.name}'")
             await new.start()
@@ -140,3 +151,14 @@ class Registry:
     def _announce(self, model: Deployment) -> None:
         self._metrics.model_info.labels(model.name, model.config.modality, model.info["sha256"]).set(1)
         log("info", "a model is ready", model=model.name, modality=model.config.modality, sha256=model.info["sha256"])
+
+
+def _meant(word: str, loaded: Iterable[str]) -> str:
+    hint = nearest(word, loaded)
+    return f"{hint} (loaded: {', '.join(loaded)})" if "did you mean" in hint else f"; loaded: {', '.join(loaded)}"
+
+
+def _not_recognised(head: bytes, models: Iterable[Deployment]) -> str:
+    kinds = "; ".join(f"{one.config.modality} ({', '.join(one.modality.extensions)})" for one in models)
+    packed = "; it looks like gzip: send it with Content-Encoding: gzip" if head.startswith(b"\x1f\x8b") else ""
+    return f"the content is not recognised{packed}; taken are {kinds}"

@@ -109,7 +109,7 @@ class Service:
                 "object": "model",
                 **model.info,
                 "codes_depend_on_batch": model.codes_depend_on_batch,
-                "device": self.settings.device,
+                "device": model.devices,
                 "dtype": self.settings.dtype,
             }
             for model in self.registry.models

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,10 @@ from bridle.modalities.clip import Limits
 from bridle.settings import RecipeError, Settings, nearest, parse_settings
 
 PREFIX = "BRIDLE_"
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://\S+")
+"""What Kubernetes puts into ``BRIDLE_PORT`` where a Service is called bridle (docs: enableServiceLinks)."""
+_SERVICE_NAME = re.compile(r"_SERVICE_(HOST|PORT)(_\w+)?=|_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?=|_PORT=(tcp|udp|sctp)://")
+"""Other variables that Kubernetes sets for a Service."""
 
 
 def _split(value: Any) -> Any:
@@ -28,11 +33,14 @@ class ServeSettings(Settings):
     """Settings of `bridle serve`."""
 
     models: Annotated[Words, Field(min_length=1)]
-    """Model folders, comma-separated in the environment. The first of a modality is that modality's default."""
+    """Model folders, comma-separated in the environment. The first of a modality is that modality's default.
+    `NAME=FOLDER` serves it under a name of yours, which stays when another model takes its place."""
     host: str = "127.0.0.1"
     """Address to listen on. Any address but loopback needs API keys."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one and logs it."""
+    root_path: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]+)*/?$")] = ""
+    """Path under which a proxy serves this, such as /bridle; requests may still have it. Told in openapi.json."""
     allowed_hosts: Words = ()
     """Host names that a request without API keys may name, beside localhost and loopback addresses."""
     api_keys: str | None = None
@@ -151,17 +159,39 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> S
     """
     found: dict[str, Any] = {}
     for name in ServeSettings.model_fields:
-        if (value := environment.get(PREFIX + name.upper())) is not None:
+        value = environment.get(variable(name))
+        if value is not None and not (name == "port" and _SERVICE_LINK.fullmatch(value)):
             found[name] = value
+    from_environment = {name for name in found if flags.get(name) is None}
     found |= {name: value for name, value in flags.items() if value is not None}
     if "models" not in found:
         raise RecipeError("no model folder given; write: bridle serve MODEL_DIR, or set BRIDLE_MODELS")
-    return parse_settings(ServeSettings, found, "bridle serve")
+    try:
+        return parse_settings(ServeSettings, found, "bridle serve")
+    except RecipeError as error:
+        told = str(error)
+        for name in from_environment:
+            told = re.sub(rf"(?<![\w.])'{name}(?=[.'])", f"{variable(name)}: \\g<0>", told)
+        raise RecipeError(told) from None
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return PREFIX + name.upper()
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """One line for each ``BRIDLE_`` variable that is a misspelt setting."""
-    known = {PREFIX + name.upper() for name in ServeSettings.model_fields}
-    strange = [name for name in environment if name.startswith(PREFIX) and name not in known]
+    """One line for each ``BRIDLE_`` variable that is a misspelt setting, or stands for a Kubernetes Service."""
+    known = {variable(name) for name in ServeSettings.model_fields}
+    strange = [
+        name
+        for name, value in environment.items()
+        if name.startswith(PREFIX) and name not in known and not _SERVICE_NAME.search(name + "=" + value)
+    ]
     hints = ((name, nearest(name, known)) for name in strange)
-    return [f"{name} is no setting of bridle serve{hint}" for name, hint in hints if "did you mean" in hint]
+    lines = [f"{name} is no setting of bridle serve{hint}" for name, hint in hints if "did you mean" in hint]
+    if _SERVICE_LINK.fullmatch(port := environment.get(variable("port"), "")):
+        lines.append(
+            f"{variable('port')}={port} is a Kubernetes service link and is not read; set enableServiceLinks: false"
+        )
+    return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag for each field of `ServeSettings`."""
     from serving.settings import ServeSettings
 
-    parser.add_argument("models", nargs="*", metavar="MODEL_DIR", help="model folders, such as runs/NAME/models/final")
+    parser.add_argument(
+        "models", nargs="*", metavar="[NAME=]MODEL_DIR", help="model folders, such as runs/NAME/models/final"
+    )
     parser.add_argument("--new-key", metavar="NAME", help="print a new API key and the line that admits it, then exit")
     parser.add_argument("--scopes", default="use", help="scopes of the new key, joined by + (use, metrics, admin)")
     for name, field in ServeSettings.model_fields.items():
@@ -58,9 +60,6 @@ def run(args: argparse.Namespace) -> int:
 def _help(field: FieldInfo) -> str:
     default = field.default
     shown = ",".join(default) if isinstance(default, tuple) else default
-    choices = (
-        f" ({', '.join(map(str, get_args(field.annotation)))})" if get_origin(field.annotation) is not None else ""
-    )
-    plain = "" if "None" in choices else choices
-    text = (field.description or "") + plain + (f" Default: {shown}." if shown not in (None, "") else "")
+    choices = f" One of {', '.join(get_args(field.annotation))}." if get_origin(field.annotation) is Literal else ""
+    text = (field.description or "") + choices + (f" Default: {shown}." if shown not in (None, "", ()) else "")
     return text.replace("%", "%%").replace("`", "")

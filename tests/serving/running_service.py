@@ -21,8 +21,9 @@ START_SECONDS = 120.0
 class Server:
     """A running service, its log and its processes."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, models: tuple[Path, ...]) -> None:
         self.process = process
+        self.models = models
         self._log = log
         self.url = ""
 
@@ -85,7 +86,7 @@ def serving(
     command = [sys.executable, "-m", "bridle.cli", "serve", *map(str, models), *words]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stderr=file, env={**os.environ, **(env or {})}, cwd=folder)
-    server = Server(process, log)
+    server = Server(process, log, models)
     try:
         if wait:
             server.wait_until_ready()

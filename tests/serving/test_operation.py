@@ -98,7 +98,7 @@ def test_killed_processes_fail_only_their_requests_and_come_back(own: Server, so
 
 
 def test_codes_do_not_depend_on_the_process_or_its_threads(own: Server, sounds: list[bytes]) -> None:
-    model = bridle.load(own.process.args[4])  # type: ignore[index]
+    model = bridle.load(own.models[0])
     expected = [model.tokenize(sound).codes.T.tolist() for sound in sounds]
 
     def codes(turn: int) -> object:
@@ -126,7 +126,7 @@ def test_a_model_process_that_hangs_leaves_the_other_at_work_and_is_replaced(own
 
 
 def test_reload_under_load_fails_no_request_and_takes_the_new_weights(own: Server, sounds: list[bytes]) -> None:
-    folder = Path(own.process.args[4])  # type: ignore[index]
+    folder = own.models[0]
     before = httpx.get(own.url + "/info").json()["models"][0]["sha256"]
     with load(own, sounds) as statuses:
         eventually("requests are answered", lambda: statuses[200] > 5)
