@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | clean | lock. Each does all the set-up it needs; needs Python >= 3.11 and a C compiler.
+# make setup | demo | test | lint | clean | lock | lock-cpu. Each does all the set-up it needs; needs Python >= 3.11 and a C compiler.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ DEMO_CLIP := $(DEMO)/clip.ogg
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint ruff format-check types clean lock
+.PHONY: setup demo test lint ruff format-check types clean lock lock-cpu
 
 setup: $(INSTALLED)
 
@@ -60,6 +60,15 @@ clean:
 lock:
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet uv
-	$(VENV)-lock/bin/uv pip compile pyproject.toml --extra dev --extra bench --universal $(UPGRADE) \
+	$(VENV)-lock/bin/uv pip compile pyproject.toml --extra dev --extra bench --universal --generate-hashes $(UPGRADE) \
 		--custom-compile-command 'make lock' --output-file requirements.lock --quiet
+	rm -rf $(VENV)-lock
+
+# The same versions with torch's CPU builds, for images: needs a network that reaches PyTorch's own index.
+lock-cpu:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet uv
+	$(VENV)-lock/bin/uv pip compile pyproject.toml --extra train --extra serving --extra s3 --extra tracing \
+		--torch-backend cpu --constraint requirements.lock --python-version 3.11 --python-platform linux --generate-hashes \
+		--custom-compile-command 'make lock-cpu' --output-file requirements-cpu.lock --quiet
 	rm -rf $(VENV)-lock

@@ -14,6 +14,16 @@ from bridle.settings import RecipeError
 COMMANDS = ("doctor", "shards", "launch", "export", "tokenize", "codebooks", "report", "fetch-model", "serve")
 """Each is a file in bridle/commands/, with _ for -."""
 
+EXTRAS = {
+    "deepspeed": "train",
+    "tensorboard": "train",
+    "prometheus_client": "train",
+    "decord": "train",
+    "httpx": "serving",
+    "boto3": "s3",
+}
+"""What `pip install 'bridle[EXTRA]'` brings beyond the library. `bridle serve` names its own."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 on success, 2 on a wrong argument, 1 on failure."""
@@ -35,6 +45,11 @@ def report_mistakes(program: str, job: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        advice = f"; it comes with pip install 'bridle[{extra}]'" if extra else ""
+        print(f"{program}: error: {error}{advice}", file=sys.stderr)
+        return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -88,7 +88,7 @@ def check_packages() -> Check:
     from packaging.requirements import Requirement
 
     wanted = [Requirement(line) for line in metadata.requires("bridle") or []]
-    wanted = [need for need in wanted if need.marker is None or need.marker.evaluate({"extra": ""})]
+    wanted = [need for need in wanted if need.marker is None or need.marker.evaluate({"extra": "train"})]
     faults = []
     for need in wanted:
         try:
@@ -99,8 +99,8 @@ def check_packages() -> Check:
             if not need.specifier.contains(version, prereleases=True):
                 faults.append(f"{need.name} is {version}, expected {need.specifier}")
     if faults:
-        return Check("packages", "missing", "; ".join(faults), "make setup, or pip install -r requirements.lock", True)
-    return Check("packages", "ok", f"all {len(wanted)} that bridle needs, in versions it allows")
+        return Check("packages", "missing", "; ".join(faults), "make setup, or pip install 'bridle[train]'", True)
+    return Check("packages", "ok", f"all {len(wanted)} that pretraining needs, in versions it allows")
 
 
 def check_torch() -> Check:

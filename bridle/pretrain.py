@@ -25,7 +25,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="pretrain.py", description=__doc__.split("\n\n", 1)[0])
     parser.add_argument(
-        "--deepspeed_config", required=True, metavar="FILE", help="DeepSpeed's JSON, e.g. ds_configs/zero2.json"
+        "--deepspeed_config",
+        required=True,
+        metavar="FILE|builtin:NAME",
+        help="DeepSpeed's JSON, e.g. ds_configs/zero2.json, or one that ships with the package, e.g. builtin:zero2",
     )
     parser.add_argument(
         "--recipe", default="audio-mini", metavar="NAME|FILE", help="shipped name or YAML file (default: audio-mini)"

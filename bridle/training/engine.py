@@ -21,16 +21,27 @@ SECTIONS_OF_THE_RECIPE = {
 }
 
 
+SHIPPED = Path(__file__).resolve().parent.parent / "ds_configs"
+"""In a checkout a link to ``ds_configs/`` beside the package; in a wheel a folder."""
+
+
 def read_ds_config(path: str) -> dict[str, Any]:
-    """Reads a DeepSpeed configuration.
+    """Reads a DeepSpeed configuration: a file, or ``builtin:NAME`` for one that ships with the package.
 
     Raises:
-        RecipeError: no such file, not a JSON object.
+        RecipeError: no such file or name, not a JSON object.
     """
+    file = Path(path)
+    if path.startswith("builtin:"):
+        names = sorted(found.stem for found in SHIPPED.glob("*.json"))
+        name = path.removeprefix("builtin:")
+        if name not in names:
+            raise RecipeError(f"--deepspeed_config {path}: found '{name}', expected one of {', '.join(names)}")
+        file = SHIPPED / f"{name}.json"
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"--deepspeed_config {path}: {error.strerror or error}; try ds_configs/zero2.json") from None
+        raise RecipeError(f"--deepspeed_config {path}: {error.strerror or error}; try builtin:zero2") from None
     except ValueError as error:
         raise RecipeError(f"--deepspeed_config {path}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):
