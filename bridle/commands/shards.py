@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from bridle.data.build import Built, build
 from bridle.data.cache import ShardCache
 from bridle.data.check import Decode, check_shard
 from bridle.data.importers import IMPORTERS, Source, plan
+from bridle.data.origin import HELDOUT
 from bridle.data.patterns import expand, is_remote, shown
 from bridle.data.writer import write_index
 
@@ -37,6 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--table", type=Path, metavar="FILE", help="audioset, kinetics: the CSV; imagefolder: labels of a flat folder"
     )
     making.add_argument("--split", metavar="NAME", help="imagefolder, kinetics: train, val or test")
+    making.add_argument(
+        "--heldout",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="keep this share, such as 0.05, apart in DST/heldout",
+    )
+    making.add_argument("--overwrite", action="store_true", help="replace the shards of another source in DST")
     making.add_argument("--jobs", type=_positive(int), default=JOBS, metavar="N", help=f"shards at once ({JOBS})")
     making.add_argument(
         "--part", type=_part, default=(0, 1), metavar="I/N", help="of N machines at one DST, the I-th from 0 (0/1)"
@@ -81,12 +91,16 @@ def _build(args: argparse.Namespace) -> int:
         jobs=args.jobs,
         progress=progress,
         part=args.part,
+        heldout=args.heldout,
+        overwrite=args.overwrite,
     )
     if built.missing:
         names = ", ".join(built.missing[:NAMED]) + (", …" if len(built.missing) > NAMED else "")
         print(f"{len(built.missing)} files are missing or empty: {names} (all in {built.listed})", file=sys.stderr)
     kept = f", {built.kept_shards} of them from an earlier run" if built.kept_shards else ""
     print(f"{args.dst}: {built.shards} shards{kept}, {built.samples} samples, {built.bytes} bytes")
+    words = [f"--data '{args.dst}/*.tar'"] + ([f"--heldout '{args.dst / HELDOUT}/*.tar'"] if args.heldout else [])
+    print(f"train on them with {' '.join(words)}", file=sys.stderr)
     return 0
 
 
@@ -128,6 +142,16 @@ def _check(args: argparse.Namespace) -> int:
     rate = samples / max(time.monotonic() - began, 1e-9)
     print(f"{len(urls)} shards, {samples} samples, {faults} faults ({rate:.0f} samples/s)")
     return int(faults > 0)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 0.5:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share above 0 and at most 0.5, such as 0.05")
+    return value
 
 
 def _positive(number: Callable[[str], float]) -> Callable[[str], float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -13,7 +13,9 @@ from filelock import FileLock, Timeout
 from bridle.data import index
 from bridle.data.errors import ShardError
 from bridle.data.files import FULL, no_room, written_aside
+from bridle.data.heldout import split
 from bridle.data.layouts.common import Plan
+from bridle.data.origin import HELDOUT, NAME, Origin, record, refuse_another, refuse_unknown, remove_shards
 from bridle.data.writer import Planned, write_index, write_shard
 
 
@@ -48,11 +50,15 @@ def build(
     jobs: int,
     progress: Progress,
     part: tuple[int, int] = (0, 1),
+    heldout: float = 0.0,
+    overwrite: bool = False,
 ) -> Built:
     """Writes ``shard-000000.tar``, … with their indexes, and ``missing.txt`` where files were missing.
 
-    A shard that is there with just the planned keys and sizes is kept. Shards of another plan are never overwritten
-    half: each is replaced whole. A file that cannot be read is left out, and the next run tries its shard again.
+    With a held-out share, ``heldout/`` has shards of its own. ``source.json`` says what the shards were built from. A
+    shard that is there with just the planned keys and sizes, and is younger than its files, is kept. Shards of another
+    plan are never overwritten half: each is replaced whole. A file that cannot be read is left out, and the next run
+    tries its shard again.
 
     Args:
         shard_bytes: a shard is closed before it passes this, unless one sample alone does.
@@ -60,51 +66,79 @@ def build(
         jobs: shards written at once, each by a thread: reading, hashing and writing leave Python's lock.
         part: (i, n): of n builds of one plan, side by side, the i-th writes shards i, i + n, i + 2n, …
             and ``missing-I-of-N.txt``.
+        heldout: share of the samples, at most a half, that goes to shards of its own (see `heldout.split`).
+        overwrite: remove another source's shards first.
 
     Raises:
-        ShardError: no room on the disk, no file of a shard can be read, shards in the folder that are not of this plan,
-            or another build at work there.
+        ShardError: another source's shards in the folder, or some that are not of this plan; no room on the disk; no
+            file of a shard can be read; another build at work there.
     """
+    if overwrite and part[1] > 1:
+        raise ShardError(
+            "--overwrite: one part would remove what another has written; empty the folder, then build in parts"
+        )
+    halves = {destination: plan.samples}
+    if heldout:
+        training, kept_back = split(plan.samples, heldout)
+        halves = {destination: training, destination / HELDOUT: kept_back}
+    origin = replace(plan.origin, heldout=heldout, samples=len(plan.samples))
     try:
         destination.mkdir(parents=True, exist_ok=True)
         suffix = "" if part[1] == 1 else f"-{part[0]}-of-{part[1]}"
-        groups = list(_cut(plan.samples, shard_bytes, samples_per_shard))
         with FileLock(str(destination / f".build{suffix}.lock"), timeout=0):
-            return _build(plan, destination, groups, jobs, progress, part, destination / f"missing{suffix}.txt")
+            planned = {
+                folder / f"shard-{number:06d}.tar": group
+                for folder, samples in halves.items()
+                for number, group in enumerate(_cut(samples, shard_bytes, samples_per_shard))
+            }
+            _claim(destination, planned, origin, overwrite)
+            ours = dict(list(planned.items())[part[0] :: part[1]])
+            missing = list(plan.missing) if part[0] == 0 else []
+            listed = destination / f"missing{suffix}.txt"
+            return _build(destination, ours, origin, missing, listed, jobs, progress)
     except Timeout:
         raise ShardError(f"{destination}: another `bridle shards build` is writing there; wait for it to end") from None
     except OSError as error:
         if error.errno in FULL:
             raise no_room(destination, error) from None
-        raise ShardError(f"{error.filename or destination}: {error.strerror}") from None
+        raise ShardError(f"{error.filename or destination}: {error.strerror or error}") from None
 
 
-def _build(
-    plan: Plan,
-    destination: Path,
-    groups: list[list[Planned]],
-    jobs: int,
-    progress: Progress,
-    part: tuple[int, int],
-    listed: Path,
-) -> Built:
-    names = [f"shard-{number:06d}.tar" for number in range(len(groups))]
-    strangers = sorted({file.name for file in destination.glob("*.tar")} - set(names))
+def _claim(destination: Path, planned: dict[Path, list[Planned]], origin: Origin, overwrite: bool) -> None:
+    """Sees that nothing is lost that nobody meant to lose."""
+    standing = sorted([*destination.glob("*.tar"), *(destination / HELDOUT).glob("*.tar")])
+    if standing and not (destination / NAME).exists():
+        odd = next((path for path in standing if path in planned and _finished(path, planned[path]) is None), None)
+        if odd is not None:
+            refuse_unknown(destination, f"{odd.name} has other samples", overwrite=overwrite)
+    refuse_another(destination, origin, overwrite=overwrite)
+    strangers = [path.name for path in standing if path.exists() and path not in planned]
+    if strangers and overwrite:
+        strangers = [path.name for path in remove_shards(destination, keep=planned)]
     if strangers:
         more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
         fix = "choose an empty folder, or delete them"
         raise ShardError(f"{destination}: holds shards that are not of this build ({strangers[0]}{more}); {fix}")
-    ours = dict(list(zip(names, groups, strict=True))[part[0] :: part[1]])
-    for leftover in destination.glob(".*.partial"):
-        if leftover.name[1:].partition(".tar")[0] + ".tar" in ours or leftover.name.startswith(f".{listed.name}."):
-            leftover.unlink()
-    missing = list(plan.missing) if part[0] == 0 else []
-    built = Built(planned=sum(map(len, ours.values())), missing=missing, listed=listed)
+
+
+def _build(
+    destination: Path,
+    planned: dict[Path, list[Planned]],
+    origin: Origin,
+    missing: list[str],
+    listed: Path,
+    jobs: int,
+    progress: Progress,
+) -> Built:
+    _sweep(planned, listed)
+    built = Built(planned=sum(map(len, planned.values())), missing=missing, listed=listed)
     with ThreadPoolExecutor(jobs) as pool:
-        begun = [pool.submit(_shard, destination / name, group) for name, group in ours.items()]
+        begun = [pool.submit(_shard, path, group) for path, group in planned.items()]
         try:
             for done in as_completed(begun):
                 _count(built, *done.result())
+                if built.shards == 1:  # nothing is left behind where nothing could be written
+                    record(destination, origin)
                 progress(built)
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -115,6 +149,17 @@ def _build(
     else:
         listed.unlink(missing_ok=True)
     return built
+
+
+def _sweep(planned: dict[Path, list[Planned]], listed: Path) -> None:
+    """Makes the folders, and removes what a killed build of the same part left half written."""
+    lists = (f".{listed.name}.",) + ((f".{NAME}.",) if listed.name == "missing.txt" else ())  # parts share the record
+    for folder in {path.parent for path in planned}:
+        folder.mkdir(exist_ok=True)
+        for leftover in folder.glob(".*.partial"):
+            shard = folder / (leftover.name[1:].partition(".tar")[0] + ".tar")
+            if shard in planned or leftover.name.startswith(lists):
+                leftover.unlink()
 
 
 def _shard(path: Path, group: list[Planned]) -> tuple[index.Header, bool, list[str]]:
@@ -152,7 +197,7 @@ def _cut(samples: list[Planned], shard_bytes: int, most: int | None) -> Iterator
 
 def _finished(path: Path, group: list[Planned]) -> index.Header | None:
     """The header of a shard that an earlier run wrote, if it holds just this group."""
-    if not path.exists():
+    if not path.exists() or any(_changed(sample.source) > path.stat().st_mtime_ns for sample in group):
         return None
     with contextlib.suppress(ShardError):
         header, entries = index.scan(path)
@@ -166,3 +211,11 @@ def _finished(path: Path, group: list[Planned]) -> index.Header | None:
                 return stored
         return write_index(path)
     return None
+
+
+def _changed(file: Path) -> int:
+    """When a file was last written, in nanoseconds; 0 where that cannot be known."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0

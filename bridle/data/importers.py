@@ -13,6 +13,7 @@ from bridle.data.layouts.audio import audioset, esc50
 from bridle.data.layouts.common import MEDIA, Plan, Source, extension, files
 from bridle.data.layouts.kinetics import kinetics
 from bridle.data.layouts.pictures import imagefolder
+from bridle.data.origin import Origin
 from bridle.data.writer import Planned
 from bridle.settings import nearest
 
@@ -37,6 +38,8 @@ def plan(kind: str, source: Source) -> Plan:
     if not found.samples:
         wrong = f"{len(found.missing)} files are missing or empty, {found.ignored} others do not belong to it"
         raise ShardError(f"{source.folder}: no sample of kind {kind} found ({wrong}); check the folder and --kind")
+    table = None if source.table is None else str(source.table.resolve())
+    found.origin = Origin(kind, str(source.folder.resolve()), source.split, table)
     found.samples = sorted(_with_unique_keys(found.samples), key=lambda sample: _digest(sample.key))
     return found
 
@@ -53,6 +56,7 @@ def folder(source: Source) -> Plan:
         if len(relative.parts) > 1:
             about["label"] = relative.parts[0]
         found.add(relative.with_suffix("").as_posix(), path, about)
+    found.group_by_folder()
     return found
 
 

@@ -2,12 +2,9 @@
 
 ``NAME.tar.index`` holds JSON lines. The first is the header::
 
-    {"version": 1, "bytes": 52428800, "samples": 160, "kinds": {"json+wav": 160}, "sha256": "…" or null,
-     "mtime_ns": 1764201169549219006}
+    {"version": 1, "bytes": 52428800, "samples": 160, "kinds": {"json+wav": 160}, "sha256": "…" or null}
 
-`kinds` counts the samples by the extensions they have; `mtime_ns` is when the tar was last written, in nanoseconds
-since 1970, and tells a tar that was built again at the same size. Each further line is one sample, in the order of the
-tar::
+`kinds` counts the samples by the extensions they have. Each further line is one sample, in the order of the tar::
 
     {"key": "dog/1-100032-A-0", "members": {"wav": [512, 441044], "json": [442368, 96]}}
 
@@ -45,15 +42,13 @@ class Header:
     """First line of an index.
 
     bytes: size of the tar. samples: lines that follow. kinds: samples by their extensions, sorted and joined by ``+``.
-    sha256: of the tar, hexadecimal; none where nobody has read the whole tar yet. mtime_ns: of the tar when it was
-    scanned; none in indexes of older versions.
+    sha256: of the tar, hexadecimal; none where nobody has read the whole tar yet.
     """
 
     bytes: int
     samples: int
     kinds: dict[str, int]
     sha256: str | None
-    mtime_ns: int | None = None
 
     def with_any_of(self, extensions: set[str]) -> int:
         """Samples that have a member of at least one of `extensions`."""
@@ -81,8 +76,7 @@ def scan(path: Path, *, hashed: bool = False) -> tuple[Header, list[Entry]]:
         ShardError: not a plain tar, truncated, damaged, or a key that stands in two places.
     """
     with path.open("rb") as stream:
-        about = os.fstat(stream.fileno())
-        size = about.st_size
+        size = os.fstat(stream.fileno()).st_size
         _refuse_compressed(path, stream)
         entries = _entries(path, stream, size)
         digest = _sha256(stream) if hashed else None
@@ -90,7 +84,7 @@ def scan(path: Path, *, hashed: bool = False) -> tuple[Header, list[Entry]]:
     for entry in entries:
         kind = "+".join(sorted(entry.members))
         kinds[kind] = kinds.get(kind, 0) + 1
-    return Header(size, len(entries), kinds, digest, about.st_mtime_ns), entries
+    return Header(size, len(entries), kinds, digest), entries
 
 
 def _entries(path: Path, stream: BinaryIO, size: int) -> list[Entry]:
@@ -206,8 +200,11 @@ def _sha256(stream: BinaryIO) -> str:
     return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def write(path: Path, header: Header, entries: list[Entry]) -> None:
+def write(path: Path, header: Header, entries: list[Entry], tar_mtime_ns: int | None = None) -> None:
     """Writes an index; it appears whole or not at all.
+
+    `tar_mtime_ns`, when the tar was last written before it was scanned, becomes the index's own time of writing: while
+    the two are equal, the index is this tar's. A tar that is built again has another time.
 
     Raises:
         ShardError: no room on the disk.
@@ -216,6 +213,9 @@ def write(path: Path, header: Header, entries: list[Entry]) -> None:
         stream.write(_line({"version": VERSION, **dataclasses.asdict(header)}))
         for entry in entries:
             stream.write(_line({"key": entry.key, "members": entry.members}))
+        if tar_mtime_ns is not None:
+            stream.flush()
+            os.utime(stream.fileno(), ns=(tar_mtime_ns, tar_mtime_ns))
 
 
 def _line(fields: dict[str, Any]) -> bytes:
@@ -232,7 +232,6 @@ def parse_header(line: bytes, where: str) -> Header:
         fields = json.loads(line)
         version = fields["version"]
         header = Header(int(fields["bytes"]), int(fields["samples"]), dict(fields["kinds"]), fields["sha256"])
-        header = dataclasses.replace(header, mtime_ns=fields.get("mtime_ns"))
     except (ValueError, KeyError, TypeError):
         raise ShardError(f"{where}: not an index of a shard; delete it, and it is built again") from None
     if version != VERSION:

@@ -17,35 +17,39 @@ log = logging.getLogger(__name__)
 def local_index(path: Path, cache: ShardCache) -> tuple[Path, index.Header]:
     """The index of a local shard: beside it, or in the cache if its folder is read-only.
 
-    It is taken as it stands if it was made of a tar of this size, last written at this time. Any other (the tar was
-    built again, or both were copied) is compared with the tar's own headers, and built again where it does not fit.
+    It is taken as it stands if it has the tar's size and time of writing (see `index.write`). Any other (the tar was
+    built again, or the two were copied) is compared with the tar's own headers, and built again where it does not fit.
 
     Raises:
         ShardError: the shard cannot be read, or is damaged.
     """
-    beside = path.with_name(path.name + index.SUFFIX)
-    candidates = [beside, cache.index_path(str(path))]
+    beside, cached = path.with_name(path.name + index.SUFFIX), cache.index_path(str(path))
     try:
         about = path.stat()
-        for candidate in candidates:
+        for candidate in (beside, cached):
             with contextlib.suppress(OSError, ShardError):
                 header = index.read_header(candidate)
-                if (header.bytes, header.mtime_ns) == (about.st_size, about.st_mtime_ns):
+                if header.bytes == about.st_size and _same_time(candidate, about.st_mtime_ns, ours=candidate == cached):
                     return candidate, header
         header, entries = index.scan(path)
     except OSError as error:
         raise ShardError(f"{path}: cannot be read: {error.strerror}; check the file and its permissions") from None
-    for candidate in candidates:
+    for candidate in (beside, cached):
         fitting = _fitting(candidate, header, entries)
         if fitting is not None:
-            return _kept(candidate, fitting, entries, candidates[1])
+            return _noted(candidate, fitting, entries, cached, about.st_mtime_ns)
     try:
-        index.write(beside, header, entries)
+        index.write(beside, header, entries, about.st_mtime_ns)
     except OSError as error:
         log.info("%s: %s; the index goes to the cache", beside, error.strerror)
         beside = cache.index_place(str(path))
-        index.write(beside, header, entries)
+        index.write(beside, header, entries, about.st_mtime_ns)
     return beside, header
+
+
+def _same_time(candidate: Path, tar_mtime_ns: int, *, ours: bool) -> bool:
+    """Whole seconds prove nothing outside our cache: unpacking an archive gives many files the same one."""
+    return candidate.stat().st_mtime_ns == tar_mtime_ns and (ours or tar_mtime_ns % 1_000_000_000 != 0)
 
 
 def _fitting(path: Path, scanned: index.Header, entries: list[index.Entry]) -> index.Header | None:
@@ -59,15 +63,17 @@ def _fitting(path: Path, scanned: index.Header, entries: list[index.Entry]) -> i
         return None
     if stored.bytes == scanned.bytes and found == entries:
         return replace(scanned, sha256=stored.sha256)
-    log.warning("%s: made for another tar than the one beside it; building it again", path)
+    log.warning("%s: made for another tar than the one that is there; building it again", path)
     return None
 
 
-def _kept(path: Path, header: index.Header, entries: list[index.Entry], in_cache: Path) -> tuple[Path, index.Header]:
+def _noted(
+    path: Path, header: index.Header, entries: list[index.Entry], cached: Path, mtime_ns: int
+) -> tuple[Path, index.Header]:
     """An index that fits stays as it is; the cache keeps a copy that says so, and the tar is not scanned again."""
     try:
-        index.write(in_cache, header, entries)
+        index.write(cached, header, entries, mtime_ns)
     except (OSError, ShardError) as error:
-        log.debug("%s: %s; %s is compared with its tar at every start", in_cache, error, path)
+        log.debug("%s: %s; %s is compared with its tar at every start", cached, error, path)
         return path, header
-    return in_cache, header
+    return cached, header

@@ -17,13 +17,17 @@ from bridle.data.files import written_aside
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A sample to write: key, media file, that file's extension in the shard and size in bytes, KEY.json's content."""
+    """A sample to write: key, media file, that file's extension in the shard and size in bytes, KEY.json's content.
+
+    group: samples of one group, such as clips of one recording, are held out together or not at all; empty: on its own.
+    """
 
     key: str
     source: Path
     extension: str
     size: int
     meta: dict[str, Any] = field(default_factory=dict)
+    group: str = ""
 
     @property
     def json(self) -> bytes:
@@ -67,8 +71,9 @@ def write_index(path: Path, where: Path | None = None) -> index.Header:
     Raises:
         ShardError: see `index.scan`; no room on the disk.
     """
+    written = path.stat().st_mtime_ns
     header, entries = index.scan(path, hashed=True)
-    index.write(where or path.with_name(path.name + index.SUFFIX), header, entries)
+    index.write(where or path.with_name(path.name + index.SUFFIX), header, entries, written)
     return header
 
 

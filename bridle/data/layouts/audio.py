@@ -22,7 +22,8 @@ def esc50(source: Source) -> Plan:
             "fold": whole(row["fold"], table, number, "fold"),
             "source": row["filename"],
         }
-        found.add(path.stem, path, about)
+        recording = path.stem.split("-")[1:2]  # FOLD-RECORDING-TAKE-TARGET.wav
+        found.add(path.stem, path, about, "".join(recording))
     return found
 
 
@@ -41,7 +42,7 @@ def audioset(source: Source) -> Plan:
         if path is None:
             found.missing.append(f"{video} (line {number})")
             continue
-        found.add(key, path, {"labels": labels, "source": video, "start_s": start, "end_s": end})
+        found.add(key, path, {"labels": labels, "source": video, "start_s": start, "end_s": end}, video)
     return found
 
 

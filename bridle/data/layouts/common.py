@@ -6,11 +6,12 @@ import csv
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bridle.data.errors import ShardError
+from bridle.data.origin import Origin
 from bridle.data.writer import Planned
 from bridle.settings import nearest
 
@@ -28,19 +29,36 @@ SPLITS = {
 
 @dataclass
 class Plan:
-    """samples to write; missing: named by the data set but not there, or empty; ignored: files it does not name."""
+    """samples to write; missing: named by the data set but not there, or empty; ignored: files it does not name.
+
+    origin: what it is a plan of.
+    """
 
     samples: list[Planned] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     ignored: int = 0
+    origin: Origin = field(default_factory=Origin)
 
-    def add(self, key: str, path: Path, about: dict[str, Any]) -> None:
+    def add(self, key: str, path: Path, about: dict[str, Any], group: str = "") -> None:
         """One more sample, or one more that is missing; the key's characters that no shard should hold become ``_``."""
         size = size_of(path)
         if size:
-            self.samples.append(Planned(re.sub(r"[^A-Za-z0-9_/-]", "_", key), path, extension(path), size, about))
+            clean = re.sub(r"[^A-Za-z0-9_/-]", "_", key)
+            self.samples.append(Planned(clean, path, extension(path), size, about, group))
         else:
             self.missing.append(about["source"])
+
+    def group_by_folder(self) -> None:
+        """Files of one folder below their label's are a group, if the label has several such folders."""
+        folders: dict[str, set[Path]] = {}
+        for sample in self.samples:
+            folders.setdefault(sample.meta.get("label", ""), set()).add(sample.source.parent)
+        self.samples = [
+            replace(sample, group=str(sample.source.parent))
+            if "label" in sample.meta and len(folders[sample.meta["label"]]) > 1
+            else sample
+            for sample in self.samples
+        ]
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def _by_table(segments: list[tuple[int, Segment]], table: Path, root: Path) -> P
             continue
         path = min(paths, key=lambda path: _preference(path, segment))
         used.add(path)
-        found.add(segment.key, path, segment.about)
+        found.add(segment.key, path, segment.about, segment.video)
     found.ignored += sum(len(paths) for paths in named.values()) - len(used)
     return found
 
@@ -99,7 +99,7 @@ def _by_folders(root: Path) -> Plan:
         named = NAMED.fullmatch(path.stem)
         if named:
             segment = Segment(named["video"], int(named["start"]), int(named["end"]), label)
-            found.add(segment.key, path, segment.about)
+            found.add(segment.key, path, segment.about, segment.video)
         else:
             found.add(path.stem, path, {"source": path.stem, **({"label": label} if label else {})})
     return found

@@ -37,6 +37,7 @@ def imagefolder(source: Source) -> Plan:
             relative = path.relative_to(root)
             about = {"label": relative.parts[0], "source": relative.as_posix()}
             found.add(relative.with_suffix("").as_posix(), path, about)
+    found.group_by_folder()
     return found
 
 
