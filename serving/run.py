@@ -11,11 +11,11 @@ import socket
 import uvicorn
 
 from bridle.settings import RecipeError
-from serving.app import build_app
 from serving.logs import log, take_over_logging
-from serving.protocol import bounded_protocol
-from serving.service import Service
 from serving.settings import ServeSettings
+from serving.web.app import build_app
+from serving.web.protocol import bounded_protocol
+from serving.web.service import Service
 
 
 def run(settings: ServeSettings) -> int:

@@ -52,6 +52,10 @@ BELOW = {
     "client": set(),
 }
 """What each room may import besides itself. The doors (cli, pretrain, commands) may import every room."""
+SERVING = {"workers": set(), "engine": {"workers"}, "web": {"engine"}}
+"""What each of the service's rooms may import of the others."""
+SERVING_TOOLS = {"settings", "logs", "metrics", "tracing"}
+"""What all of them may use."""
 DOORS = {"cli", "pretrain", "commands"}
 ONLY_IN = {
     "deepspeed": {"training", "diagnostics"},
@@ -79,7 +83,7 @@ def name_of(path: Path) -> str:
 
 
 def room_of(dotted: str) -> str:
-    """`bridle.data.stream` is in `data`, `serving.app` in `serving`; the package itself is ``""``."""
+    """`bridle.data.stream` is in `data`, `serving.web.app` in `serving`; the package itself is ``""``."""
     top, _, rest = dotted.partition(".")
     return "serving" if top == "serving" else rest.partition(".")[0]
 
@@ -126,6 +130,22 @@ def test_imports_run_only_downwards() -> None:
         for line, imported in imports(path):
             if imported.split(".")[0] in {"bridle", "serving"} and not allowed(room, imported):
                 wrong.append(f"{name_of(path)}:{line}: {room} must not know {imported}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_service_has_three_rooms_and_only_looks_down() -> None:
+    wrong = []
+    for path in sources("serving"):
+        room = module_of(path).split(".")[1] if len(path.relative_to(ROOT).parts) > 2 else "top"
+        assert room in SERVING.keys() | {"top"}, f"{name_of(path)}: a new room; say in SERVING what it knows"
+        for line, imported in imports(path):
+            parts = imported.split(".")
+            if room != "top" and parts[0] == "serving" and parts[1] not in {*SERVING[room], room, *SERVING_TOOLS}:
+                wrong.append(f"{name_of(path)}:{line}: {room} must not know {imported}")
+            if room != "web" and room != "top" and parts[0] in {"fastapi", "starlette", "uvicorn", "python_multipart"}:
+                wrong.append(f"{name_of(path)}:{line}: {room} must know no HTTP")
+            if path.stem in SERVING_TOOLS and parts[0] == "serving" and parts[1] in SERVING:
+                wrong.append(f"{name_of(path)}:{line}: {path.stem} must know no room")
     assert not wrong, "\n".join(wrong)
 
 

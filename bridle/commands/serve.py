@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until a signal ends it."""
-    from serving.keys import KeyRing, new_key
     from serving.settings import read_settings, unknown_variables
+    from serving.web.keys import KeyRing, new_key
 
     if args.new_key is not None:
         key, line = new_key(args.new_key, tuple(args.scopes.split("+")))
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     settings = read_settings(flags, os.environ)
     KeyRing(settings)  # wrong keys are told now, not after the imports
     try:
-        from serving.processes import start_template
+        from serving.workers.processes import start_template
 
         start_template()  # it imports for seconds; so do the next lines
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from serving import cores
-from serving.cores import CALM_SECONDS, SharedCores
+from serving.engine import cores
+from serving.engine.cores import CALM_SECONDS, SharedCores
 
 
 def test_a_batch_alone_gets_all_cores_and_batches_beside_each_other_their_part(monkeypatch: pytest.MonkeyPatch) -> None:

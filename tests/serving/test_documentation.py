@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from running_service import Server
 
-from serving.problems import TYPES
 from serving.settings import ServeSettings
+from serving.web.problems import TYPES
 
 ROOT = Path(__file__).parents[2]
 SERVING = (ROOT / "docs/serving.md").read_text()

@@ -25,8 +25,8 @@ from running_service import Server, serving
 from small_models import write_model
 
 import bridle
-from serving.cores import CALM_SECONDS
-from serving.keys import new_key
+from serving.engine.cores import CALM_SECONDS
+from serving.web.keys import new_key
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serving.problems import ProblemError
+from serving.web.problems import ProblemError
 
 MAX_HEADERS = 64 * 1024
 """Bytes of a request line and its headers."""

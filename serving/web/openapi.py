@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from serving.problems import TYPES
-from serving.schemas import Problem
+from serving.web.problems import TYPES
+from serving.web.schemas import Problem
 
 FILES: dict[str, Any] = {
     "requestBody": {

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from starlette.responses import Response
 
-from serving.npz import write_npz
-from serving.problems import ProblemError
+from serving.web.npz import write_npz
+from serving.web.problems import ProblemError
 
 JSON = "application/json"
 NPZ = "application/x-npz"
@@ -23,8 +23,6 @@ NDJSON = "application/x-ndjson"
 SMALL = 20_000
 """Numbers that are written without leaving the event loop."""
 MAX_JSON_FLOATS = 2_000_000
-MAX_NUMBERS = 64_000_000
-"""Numbers in an answer of any kind."""
 
 Clip = dict[str, Any]
 """A clip's answer: plain values and numpy arrays."""

@@ -11,14 +11,16 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
 from bridle.tokens.layouts import TokenError, Vocabulary
-from serving.answers import ARROW, JSON, MAX_NUMBERS, NPZ, answer, negotiate
-from serving.deployment import Deployment
-from serving.npz import read_npz
-from serving.openapi import problems
-from serving.problems import ProblemError
-from serving.schemas import DequantizeAnswer, DequantizeRequest, Parameters
-from serving.service import Service, service_of
-from serving.work import each_clip, while_wanted
+from serving.engine.deployment import Deployment
+from serving.engine.work import MAX_NUMBERS, each_clip
+from serving.web.answers import ARROW, JSON, NPZ, answer, negotiate
+from serving.web.npz import read_npz
+from serving.web.openapi import problems
+from serving.web.problems import ProblemError
+from serving.web.schemas import DequantizeAnswer, DequantizeRequest, Parameters
+from serving.web.scopes import needs
+from serving.web.service import Service, service_of
+from serving.web.waiting import while_wanted
 
 router = APIRouter(tags=["codes"])
 MAX_JSON = 2 * 1024 * 1024
@@ -40,6 +42,7 @@ Codes = npt.NDArray[np.int64]
         }
     },
 )
+@needs("use")
 async def dequantize(
     request: Request,
     service: Annotated[Service, Depends(service_of)],

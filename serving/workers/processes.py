@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 from typing import Any
 
-from serving.wire import Channel
+from serving.workers.wire import Channel
 
 START_SECONDS = 300.0
 """Time for a process to start and warm up."""
@@ -50,7 +50,7 @@ class ProcessGoneError(ConnectionError):
 
 def start_template() -> None:
     """Starts the process that others are forked from. It never sees the service's secrets, sockets or memory."""
-    _CONTEXT.set_forkserver_preload(["serving.preload"])
+    _CONTEXT.set_forkserver_preload(["serving.workers.preload"])
     with _their_environment():
         forkserver.ensure_running()
 

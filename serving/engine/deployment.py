@@ -17,16 +17,16 @@ from bridle.cores import available_cores
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Modality
 from bridle.model_folder import ModelConfig, read_config
-from serving import model_worker
-from serving.arena import Arena
-from serving.batching import Array, Batcher, Entry
-from serving.cores import SharedCores
-from serving.decoding import DecodePool, Window
+from serving.engine.batching import Array, Batcher, Entry
+from serving.engine.cores import SharedCores
+from serving.engine.decoding import DecodePool, Window
+from serving.engine.errors import EngineError, FaultError, ProcessEndedError
 from serving.logs import log
 from serving.metrics import Metrics
-from serving.problems import ProblemError
-from serving.processes import Child
 from serving.settings import ServeSettings
+from serving.workers import model_worker
+from serving.workers.arena import Arena
+from serving.workers.processes import Child
 
 MAX_ANSWER = 1 << 31
 """Bytes that a model process may answer with."""
@@ -150,7 +150,7 @@ class Deployment:
         Some windows are worked on ahead of the one that is awaited; when the receiver stops, so does all of it.
 
         Raises:
-            ClipError: the file is at fault. ProblemError: a process ended. TimeoutError: the deadline passed.
+            ClipError: the file is at fault. EngineError: a process ended. TimeoutError: the deadline passed.
         """
         pending: deque[tuple[Window, Entry]] = deque()
         windows = self.pool.windows(data)
@@ -174,7 +174,7 @@ class Deployment:
         """Codes ``[N, M']`` to latents, float32 ``[N, d]``.
 
         Raises:
-            ProblemError: codes out of range; a process ended. TimeoutError: the deadline passed.
+            EngineError: a process ended. TimeoutError: the deadline passed.
         """
         entry = Entry("dequantize", deadline, codes=codes)
         self._batcher.submit(entry)
@@ -213,10 +213,10 @@ class Deployment:
         finally:
             self._cores.give_back()
         if "shape" not in answer:
-            wrong = answer.get("wrong")
-            log("error", "the model refused a batch", model=self.name, error=wrong or answer.get("error"))
+            error, where = str(answer.get("error")), str(answer.get("traceback"))
+            log("error", "a batch failed", model=self.name, error=error)
             for entry in batch:
-                self._batcher.finish(entry, ProblemError("wrong-parameter", wrong) if wrong else _gone())
+                self._batcher.finish(entry, _no_memory() if answer.get("memory") else FaultError(error, where))
             return
         self._metrics.model_seconds.labels(self.name, operation).observe(answer["seconds"])
         self._metrics.clips.labels(self.name, operation).inc(len(batch))
@@ -269,8 +269,12 @@ class Deployment:
         }
 
 
-def _gone() -> ProblemError:
-    return ProblemError("unavailable", "the model process ended; send the request again", retry_after=1)
+def _gone() -> EngineError:
+    return ProcessEndedError("the model process ended; send the request again")
+
+
+def _no_memory() -> EngineError:
+    return ProcessEndedError("the device has no memory for this batch; send the request again")
 
 
 def devices_of(settings: ServeSettings) -> list[str]:

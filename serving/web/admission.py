@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from serving.metrics import Metrics
-from serving.problems import ProblemError
 from serving.settings import ServeSettings
+from serving.web.problems import ProblemError
 
 MIN_TIMEOUT = 0.1
 """Seconds; the least that `X-Request-Timeout` may say."""

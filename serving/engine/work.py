@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 import torch
-from starlette.requests import Request
 
 from bridle.modalities.clip import Clip, ClipError, WrongKindError
 from bridle.model_folder import CodeStream
-from serving.answers import MAX_NUMBERS
-from serving.batching import Array
-from serving.decoding import Window
-from serving.deployment import Deployment
-from serving.problems import ClientGoneError, ProblemError, clip_problem
+from serving.engine.batching import Array
+from serving.engine.decoding import Window
+from serving.engine.deployment import Deployment
+from serving.engine.errors import AnswerTooLargeError, DeadlineError, FileError
 
 T = TypeVar("T")
+MAX_NUMBERS = 64_000_000
+"""Numbers in an answer of any kind."""
 
 
 @dataclass
@@ -57,7 +56,7 @@ async def windows_of(
     """A file's answers window by window, from the first candidate that takes this kind of content.
 
     Raises:
-        ClipError: the file is at fault. ProblemError: a process ended. TimeoutError: the deadline passed.
+        ClipError: the file is at fault. EngineError: a process ended. TimeoutError: the deadline passed.
     """
     for index, deployment in enumerate(candidates):
         began = False
@@ -97,7 +96,7 @@ async def whole(
     """A whole file's answer, joined as `bridle tokenize` joins it.
 
     Raises:
-        as `windows_of`; ProblemError: an answer too large to hold.
+        as `windows_of`; AnswerTooLargeError: an answer too large to hold.
     """
     clips: list[Clip] = []
     values: list[torch.Tensor] = []
@@ -108,7 +107,7 @@ async def whole(
             deployment = result.deployment
             numbers += result.values.size
             if numbers > MAX_NUMBERS:
-                raise ProblemError("too-large", f"the answer has more than {MAX_NUMBERS} numbers; ask for a pooled one")
+                raise AnswerTooLargeError(f"the answer has more than {MAX_NUMBERS} numbers; ask for a pooled one")
             window = result.window
             clips.append(
                 Clip(torch.empty(0), result.grid, next(iter(result.grid.values())), window.start_s, window.duration_s)
@@ -120,19 +119,19 @@ async def whole(
 
 
 async def each_clip(work: Sequence[Awaitable[T]]) -> list[T]:
-    """Runs a request's clips beside each other; the first that fails ends all, and the problem says which it was.
+    """Runs a request's clips beside each other; the first that fails ends all, and the error says which it was.
 
     Raises:
-        ProblemError: with `clip`, the index of the one at fault.
+        FileError: with the index of the one at fault. DeadlineError: it took too long.
     """
 
     async def one(index: int, job: Awaitable[T]) -> T:
         try:
             return await job
         except ClipError as error:
-            raise clip_problem(error, clip=index) from None
+            raise FileError(index, error) from None
         except TimeoutError:
-            raise deadline_problem() from None
+            raise DeadlineError from None
 
     if len(work) == 1:
         return [await one(0, work[0])]
@@ -142,37 +141,3 @@ async def each_clip(work: Sequence[Awaitable[T]]) -> list[T]:
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
-
-
-async def while_wanted(request: Request, work: Awaitable[T], deadline: float) -> T:
-    """Awaits work until it is done, the deadline passes or the client hangs up; then the work is cancelled.
-
-    Raises:
-        ProblemError: the deadline passed. ClientGoneError: the client hung up.
-    """
-    job = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_hang_up(request))
-    try:
-        left = max(0.0, deadline - time.monotonic())
-        await asyncio.wait({job, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        if job.done():
-            return job.result()
-        if gone.done():
-            raise ClientGoneError
-        raise deadline_problem()
-    finally:
-        for task in (job, gone):
-            task.cancel()
-        await asyncio.gather(job, gone, return_exceptions=True)
-
-
-async def _hang_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def deadline_problem() -> ProblemError:
-    """The request took longer than it may."""
-    return ProblemError(
-        "deadline", "the deadline passed; allow more time, send less, or try when it is quieter", retry_after=1
-    )

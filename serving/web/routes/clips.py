@@ -14,14 +14,17 @@ from starlette.types import Send
 
 from bridle.modalities.clip import ClipError, WrongKindError
 from bridle.tokens.layouts import Vocabulary, to_text
-from serving.admission import Places
-from serving.answers import ARROW, JSON, NDJSON, NPZ, Clip, answer, json_clip, negotiate
-from serving.deployment import Deployment
-from serving.openapi import FILES, problems
-from serving.problems import ProblemError, clip_problem
-from serving.schemas import EncodeAnswer, EncodeParameters, Parameters, TokenizeAnswer, TokenizeParameters
-from serving.service import Service, service_of
-from serving.work import Stream, Timings, deadline_problem, each_clip, while_wanted, whole, windows_of
+from serving.engine.deployment import Deployment
+from serving.engine.errors import DeadlineError, EngineError, FileError
+from serving.engine.work import Stream, Timings, each_clip, whole, windows_of
+from serving.web.admission import Places
+from serving.web.answers import ARROW, JSON, NDJSON, NPZ, Clip, answer, json_clip, negotiate
+from serving.web.openapi import FILES, problems
+from serving.web.problems import ProblemError, log_fault, problem_of
+from serving.web.schemas import EncodeAnswer, EncodeParameters, Parameters, TokenizeAnswer, TokenizeParameters
+from serving.web.scopes import needs
+from serving.web.service import Service, service_of
+from serving.web.waiting import while_wanted
 
 router = APIRouter(tags=["clips"])
 HEAD = 4096
@@ -46,7 +49,7 @@ class _Job:
         """The files, and the models to try for each.
 
         Raises:
-            ProblemError: see `Uploads.files`, `Registry.choose`.
+            ProblemError: see `Uploads.files`; no model takes one of them.
         """
         with self.service.tracing.step("receive"):
             files = await self.service.uploads.files(self.request, self._places, self.deadline)
@@ -57,9 +60,10 @@ class _Job:
             return self.service.registry.choose(
                 self._parameters.model, self._parameters.modality, bytes(memoryview(file)[:HEAD])
             )
-        except ProblemError as problem:
+        except EngineError as error:
+            problem = problem_of(error)
             problem.extra["clip"] = index
-            raise
+            raise problem from None
 
     async def streams(self, operation: str) -> list[Stream]:
         """Every file's whole answer."""
@@ -86,6 +90,7 @@ class _Job:
 
 
 @router.post("/tokenize", response_model=TokenizeAnswer, responses=problems(NPZ, ARROW, NDJSON), openapi_extra=FILES)
+@needs("use")
 async def tokenize(
     request: Request, service: TheService, parameters: Annotated[TokenizeParameters, Query()]
 ) -> Response:
@@ -101,10 +106,11 @@ async def tokenize(
         lines = _lines(job, await job.files(), parameters)
         stack.push_async_callback(lines.aclose)
         first = await while_wanted(request, anext(lines), job.deadline)
-        return _Lines(first, lines, stack.pop_all())
+        return _Lines(first, lines, stack.pop_all(), request.state.request_id)
 
 
 @router.post("/encode", response_model=EncodeAnswer, responses=problems(NPZ, ARROW), openapi_extra=FILES)
+@needs("use")
 async def encode(request: Request, service: TheService, parameters: Annotated[EncodeParameters, Query()]) -> Response:
     """Files to the encoder's embeddings: their mean, or one for each position."""
     kind = negotiate(request.headers.get("accept"), (JSON, NPZ, ARROW))
@@ -120,6 +126,7 @@ async def encode(request: Request, service: TheService, parameters: Annotated[En
     responses={**problems(), 200: {"content": {"image/png": {}}, "description": "A picture for people."}},
     openapi_extra=FILES,
 )
+@needs("use")
 async def picture(request: Request, service: TheService, parameters: Annotated[Parameters, Query()]) -> Response:
     """The beginning of a file as a model sees it: a spectrogram, a picture, or a film's frames side by side.
 
@@ -202,9 +209,9 @@ async def _lines(
                     if window.duration_s is not None:
                         seconds = (seconds or 0.0) + window.duration_s
         except ClipError as error:
-            raise clip_problem(error, clip=index) from None
+            raise FileError(index, error) from None
         except TimeoutError:
-            raise deadline_problem() from None
+            raise DeadlineError from None
         yield json_clip({"clip": index, "end": True, "windows": count, "duration_s": seconds}) + b"\n"
     job.note(len(files))
 
@@ -212,11 +219,14 @@ async def _lines(
 class _Lines(StreamingResponse):
     """Lines as they come. An error after the first line becomes the last line: `{"problem": {...}}`."""
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], stack: contextlib.AsyncExitStack) -> None:
+    def __init__(
+        self, first: bytes, rest: AsyncGenerator[bytes, None], stack: contextlib.AsyncExitStack, request_id: str
+    ) -> None:
         super().__init__(rest, media_type=NDJSON, headers={"Cache-Control": "no-store"})
         self._first = first
         self._rest = rest
         self._stack = stack
+        self._request_id = request_id
 
     async def stream_response(self, send: Send) -> None:
         """Sends the lines; whatever happens, the work behind them ends with the answer."""
@@ -226,7 +236,9 @@ class _Lines(StreamingResponse):
             try:
                 async for line in self._rest:
                     await send({"type": "http.response.body", "body": line, "more_body": True})
-            except ProblemError as problem:
+            except EngineError as error:
+                log_fault(error, self._request_id)
+                problem = problem_of(error)
                 line = json.dumps({"problem": problem.body()}).encode() + b"\n"
                 await send({"type": "http.response.body", "body": line, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from serving.problems import ProblemError
+from serving.web.problems import ProblemError
 
 MAX_DIRECTORY = 64 * 1024
 _END = struct.Struct("<4s4H2LH")

@@ -10,6 +10,7 @@ import io
 import os
 import signal
 import socket
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,10 +21,10 @@ from PIL import Image
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Clip, ClipError, Limits, Modality, TooLargeError, UndecodableError
 from bridle.modalities.isolation import confine, leave_network
-from serving import wire
-from serving.arena import attach
 from serving.logs import take_over_logging
-from serving.processes import receive_file, settle_in
+from serving.workers import wire
+from serving.workers.arena import attach
+from serving.workers.processes import receive_file, settle_in
 
 PICTURE_WINDOWS = 16
 """Windows in a picture for people at most."""
@@ -73,8 +74,14 @@ class _Worker:
                 answer = {"done": True}
         except (EOFError, ConnectionError):
             raise
-        except Exception as error:  # whatever a decoder raises is the file's fault, or is answered as if it were
-            answer = _error(error)
+        except ClipError as error:
+            answer = {"error": type(error).__name__, "message": str(error)[:1000]}
+        except MemoryError:
+            told = "decoding needs more memory than decode_memory_mb; send a smaller file"
+            answer = {"error": TooLargeError.__name__, "message": told}
+        except Exception as error:  # not the file's: a decoder says what is wrong with a file by a ClipError
+            told = f"{type(error).__name__}: {error}"[:1000]
+            answer = {"error": "fault", "message": told, "traceback": traceback.format_exc()[-8000:]}
         self._alarm(0)
         wire.send(self._sock, answer, payload)
 
@@ -101,14 +108,6 @@ class _Worker:
     @staticmethod
     def _alarm(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-def _error(error: Exception) -> dict[str, Any]:
-    if isinstance(error, MemoryError):
-        error = TooLargeError("decoding needs more memory than decode_memory_mb; send a smaller file")
-    elif not isinstance(error, ClipError):
-        error = UndecodableError(f"the decoder failed ({type(error).__name__})")
-    return {"error": type(error).__name__, "message": str(error)[:1000]}
 
 
 def _picture(modality: Modality, data: bytes) -> tuple[dict[str, Any], bytes]:

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bridle.settings import RecipeError, nearest
-from serving.deployment import Deployment, devices_of
+from serving.engine.deployment import Deployment, devices_of
+from serving.engine.errors import ChoiceError, EmptyError, ReloadError, UnknownKindError
 from serving.logs import log
 from serving.metrics import Metrics
-from serving.problems import ProblemError
 from serving.settings import ServeSettings
+from serving.workers.processes import start_template
 
 SPECIFIC = ("image", "video")
 """Modalities asked first, for a film has sound: what both film and sound could be is tried as a film."""
@@ -45,6 +46,7 @@ class Registry:
         Raises:
             RecipeError: two models of one name. ModelError, RuntimeError, ConnectionError: one does not start.
         """
+        start_template()
         devices = devices_of(self._settings)
         made = [
             Deployment(folder, self._settings, self._metrics, devices, alias)
@@ -78,49 +80,47 @@ class Registry:
         """The model of a name: the one that the settings gave it, or else the folder's own.
 
         Raises:
-            ProblemError: there is none.
+            ChoiceError: there is none.
         """
         found = self._models.get(name) or next((m for m in self._models.values() if m.config.name == name), None)
         if found is None:
-            raise ProblemError("wrong-parameter", f"model '{name[:80]}' is not loaded{_meant(name, self._models)}")
+            raise ChoiceError(f"model '{name[:80]}' is not loaded{_meant(name, self._models)}")
         return found
 
     def choose(self, name: str | None, modality: str | None, head: bytes) -> list[Deployment]:
         """The models to try, in order: the one named, that of the modality named, or those that recognise the content.
 
         Raises:
-            ProblemError: no such model, none of that modality, or none that recognises the content.
+            ChoiceError: no such model, or none of that modality. EmptyError, UnknownKindError: none takes the content.
         """
         if name is not None:
             model = self.get(name)
             if modality not in (None, model.config.modality):
-                raise ProblemError("wrong-parameter", f"model '{name}' is for {model.config.modality}, not {modality}")
+                raise ChoiceError(f"model '{name}' is for {model.config.modality}, not {modality}")
             return [model]
         firsts: dict[str, Deployment] = {}
         for model in self._models.values():
             firsts.setdefault(model.config.modality, model)
         if modality is not None:
             if modality not in firsts:
-                raise ProblemError(
-                    "wrong-parameter", f"no model for modality '{modality[:80]}' is loaded{_meant(modality, firsts)}"
-                )
+                raise ChoiceError(f"no model for modality '{modality[:80]}' is loaded{_meant(modality, firsts)}")
             return [firsts[modality]]
         if not head:
-            raise ProblemError("undecodable", "the content is empty; send the bytes of a file")
+            raise EmptyError("the content is empty; send the bytes of a file")
         names: Sequence[str] = [
             *(name for name in SPECIFIC if name in firsts),
             *(n for n in firsts if n not in SPECIFIC),
         ]
         found = [firsts[kind] for kind in names if firsts[kind].modality.recognises(head)]
         if not found:
-            raise ProblemError("unsupported-kind", _not_recognised(head, firsts.values()))
+            raise UnknownKindError(_not_recognised(head, firsts.values()))
         return found
 
     async def reload(self, name: str | None = None) -> list[Deployment]:
         """Loads one model, or all, from its folder again; requests under way end on the old one.
 
         Raises:
-            ProblemError: no such model, or it does not start; the old one stays in service.
+            ChoiceError: no such model. ReloadError: it does not start; the old one stays in service.
         """
         wanted = [self.get(name)] if name is not None else self.models
         async with self._reloading:
@@ -135,7 +135,7 @@ class Registry:
         except (ValueError, OSError, RuntimeError, EOFError, TimeoutError) as error:
             self._metrics.reloads.labels(old.name, "failed").inc()
             log("error", "a model could not be reloaded; the old one stays", model=old.name, error=str(error))
-            raise ProblemError("reload-failed", f"{old.name}: {error}") from None
+            raise ReloadError(f"{old.name}: {error}") from None
         self._models = {
             (new.name if model is old else name): (new if model is old else model)
             for name, model in self._models.items()

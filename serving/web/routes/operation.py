@@ -8,22 +8,25 @@ from fastapi import APIRouter, Depends, Query
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from serving.openapi import problems
-from serving.problems import ProblemError
-from serving.schemas import Info, ModelList, ReloadParameters
-from serving.service import Service, service_of
+from serving.web.openapi import problems
+from serving.web.problems import ProblemError
+from serving.web.schemas import Info, ModelList, ReloadParameters
+from serving.web.scopes import needs
+from serving.web.service import Service, service_of
 
 router = APIRouter(tags=["operation"])
 TheService = Annotated[Service, Depends(service_of)]
 
 
 @router.get("/livez", response_class=PlainTextResponse)
+@needs("open")
 async def livez() -> str:
     """Whether the process answers. Needs no key."""
     return "ok"
 
 
 @router.get("/readyz", response_class=PlainTextResponse, responses=problems())
+@needs("open")
 async def readyz(service: TheService) -> str:
     """Whether requests should come here: every model is warm, and the service is not ending. Needs no key."""
     if not service.ready:
@@ -33,24 +36,28 @@ async def readyz(service: TheService) -> str:
 
 
 @router.get("/metrics", response_class=PlainTextResponse, responses=problems())
+@needs("metrics")
 async def metrics(service: TheService) -> Response:
     """Prometheus metrics."""
     return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/models", response_model=ModelList, responses=problems())
+@needs("use")
 async def models(service: TheService) -> JSONResponse:
     """The loaded models."""
     return JSONResponse({"object": "list", "data": service.models()})
 
 
 @router.get("/info", response_model=Info, responses=problems())
+@needs("use")
 async def info(service: TheService) -> JSONResponse:
     """Version, limits and models."""
     return JSONResponse(service.info())
 
 
 @router.post("/v1/models/reload", response_model=ModelList, responses=problems())
+@needs("admin")
 async def reload(service: TheService, parameters: Annotated[ReloadParameters, Query()]) -> JSONResponse:
     """Loads models from their folders again (scope `admin`). Requests under way end on the old ones."""
     await service.registry.reload(parameters.model)

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+import traceback
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ from tqdm import tqdm
 
 from bridle.model_folder import BridleModel, load
 from bridle.modeling.encoder import Encoder
-from serving import wire
-from serving.arena import attach
 from serving.logs import take_over_logging
-from serving.processes import receive_file, settle_in
+from serving.workers import wire
+from serving.workers.arena import attach
+from serving.workers.processes import receive_file, settle_in
 
 
 def main(sock: socket.socket) -> None:
@@ -95,9 +96,10 @@ class _Worker:
         began = time.perf_counter()
         try:
             array = self._run(header, payload)
-        except (ValueError, RuntimeError) as error:
-            kind = "wrong" if isinstance(error, ValueError) else "error"
-            return {kind: " ".join(str(error).split())[:2000]}, memoryview(b"")
+        except Exception as error:  # of this batch, whatever it is: the process goes on
+            memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            told = " ".join(f"{type(error).__name__}: {error}".split())[:2000]
+            return {"error": told, "memory": memory, "traceback": traceback.format_exc()[-8000:]}, memoryview(b"")
         return {"shape": array.shape, "seconds": time.perf_counter() - began}, array.reshape(-1).view(np.uint8).data
 
     def _run(self, header: dict[str, Any], payload: bytearray) -> np.ndarray:

@@ -12,12 +12,12 @@ from typing import Any
 
 from bridle.modalities import clip as clip_module
 from bridle.modalities.clip import ClipError, TooLargeError, UndecodableError
-from serving import decode_worker
-from serving.arena import Arena
+from serving.engine.errors import EngineError, FaultError, ProcessEndedError
 from serving.logs import log
 from serving.metrics import Metrics
-from serving.problems import ProblemError
-from serving.processes import Child, ProcessGoneError
+from serving.workers import decode_worker
+from serving.workers.arena import Arena
+from serving.workers.processes import Child, ProcessGoneError
 
 MAX_PICTURE = 64 * 1024 * 1024
 """Bytes of a picture for people; the only payload that a decoding process may send."""
@@ -95,7 +95,7 @@ class DecodePool:
         """A file's clips, in order. The receiver releases each one's slot.
 
         Raises:
-            ClipError: the file is at fault. ProblemError: the process ended through no fault of the file.
+            ClipError: the file is at fault. EngineError: the process ended through no fault of the file.
         """
         granted: set[int] = set()
         began = time.perf_counter()
@@ -117,7 +117,7 @@ class DecodePool:
         """A PNG for people, and its measures.
 
         Raises:
-            ClipError, ProblemError: see `windows`.
+            ClipError, EngineError: see `windows`.
         """
         answer: tuple[dict[str, Any], bytes] | None = None
         async with contextlib.aclosing(self._job("picture", data, set())) as job:
@@ -148,7 +148,7 @@ class DecodePool:
                     await worker.child.channel.send({"slot": slot})
                 elif "error" in message:
                     settled = True
-                    raise _clip_error(message)
+                    raise _failure(message)
                 elif "done" in message:
                     settled = True
                     if operation == "picture":
@@ -216,7 +216,7 @@ class DecodePool:
             return TooLargeError(f"decoding took longer than decode_seconds = {seconds:g}; send a smaller file")
         if code is not None and -code in CRASHES:
             return UndecodableError("the decoder crashed on the content; it is corrupt")
-        return ProblemError("unavailable", "the decoding process ended; send the request again", retry_after=1)
+        return ProcessEndedError("the decoding process ended; send the request again")
 
     async def _restart(self) -> None:
         pause = 0.1
@@ -245,7 +245,9 @@ class DecodePool:
         self._workers.clear()
 
 
-def _clip_error(message: dict[str, Any]) -> ClipError:
+def _failure(message: dict[str, Any]) -> ClipError | EngineError:
+    if message.get("traceback"):
+        return FaultError(str(message["message"])[:1000], str(message["traceback"]))
     kind = getattr(clip_module, str(message["error"]), None)
     if not (isinstance(kind, type) and issubclass(kind, ClipError)):
         kind = UndecodableError

@@ -6,23 +6,20 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import MutableMapping
+import traceback
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bridle.settings import RecipeError
-from serving.keys import presented_key
 from serving.logs import log
-from serving.problems import INTERNAL, ProblemError
-from serving.service import Service
 from serving.settings import is_loopback
+from serving.web.keys import presented_key
+from serving.web.problems import INTERNAL, ProblemError
+from serving.web.service import Service
 
-OPEN = ("/livez", "/readyz")
-"""Routes that need no key."""
-NEEDS = {"/metrics": "metrics", "/v1/models/reload": "admin"}
-"""Scope of a route, where it is not `use`."""
 ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 LEFTOVER_BYTES, LEFTOVER_SECONDS = 1 << 20, 1.0
 """What is still read of a refused body, so that the client gets to read the answer."""
@@ -37,9 +34,10 @@ SECURITY = [
 class Around:
     """The outermost layer."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service, scopes: Mapping[str, str]) -> None:
         self._app = app
         self._service = service
+        self._scopes = scopes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
@@ -63,7 +61,7 @@ class Around:
             seconds = time.perf_counter() - exchange.began
             metrics.requests.labels(route, exchange.status).inc()
             metrics.request_seconds.labels(route).observe(seconds)
-            quiet = scope["path"] in (*OPEN, "/metrics") and exchange.status < 400
+            quiet = self._needed(scope) in ("open", "metrics") and exchange.status < 400
             log(
                 "debug" if quiet else "info",
                 "request",
@@ -89,8 +87,13 @@ class Around:
             exchange.status = 499
             exchange.abort()
         except Exception as error:  # a fault of ours: told in the log, not to the client
-            log("error", "a request failed", request_id=exchange.id, error=repr(error), where=_where(error))
+            trace = "".join(traceback.format_exception(error))[-8000:]
+            log("error", "a request failed", request_id=exchange.id, error=repr(error), traceback=trace)
             await exchange.refuse(ProblemError("internal", INTERNAL))
+
+    def _needed(self, scope: Scope) -> str:
+        """The scope of a request's path; `use` also where there is no route, or one with a name in it."""
+        return self._scopes.get(scope["path"], "use")
 
     def _admit(self, exchange: _Exchange) -> None:
         """Checks where the request comes from and whether its key opens the route.
@@ -99,8 +102,8 @@ class Around:
             ProblemError: 401, 403.
         """
         scope, headers, keys = exchange.scope, exchange.headers, self._service.keys
-        path = scope["path"]
-        if path in OPEN:
+        needed = self._needed(scope)
+        if needed == "open":
             return
         origin = headers.get("origin")
         allowed = origin is not None and origin in self._service.settings.cors_origins
@@ -124,7 +127,6 @@ class Around:
         if key is None:
             raise ProblemError("unauthorized", "send a valid key as Authorization: Bearer KEY")
         scope["state"]["key"] = key.name
-        needed = NEEDS.get(path, "use")
         if needed not in key.scopes:
             raise ProblemError("forbidden", f"the key's scopes do not include {needed}")
 
@@ -220,11 +222,3 @@ def _from_elsewhere(headers: Headers) -> bool:
 def _host(header: str) -> str:
     name, _, port = header.rpartition(":")
     return (name if port.isdecimal() and name else header).strip("[]")
-
-
-def _where(error: BaseException) -> list[str]:
-    lines, step = [], error.__traceback__
-    while step is not None:
-        lines.append(f"{step.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{step.tb_lineno}")
-        step = step.tb_next
-    return lines[-8:]

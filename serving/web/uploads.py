@@ -16,10 +16,10 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
-from serving.admission import Places
 from serving.metrics import Metrics
-from serving.problems import ClientGoneError, ProblemError
 from serving.settings import ServeSettings
+from serving.web.admission import Places
+from serving.web.problems import ClientGoneError, ProblemError
 
 MAX_PART_HEADERS = 8
 MAX_PART_HEADER = 2048

@@ -9,6 +9,8 @@ from typing import Any
 from starlette.responses import Response
 
 from bridle.modalities.clip import ClipError, TooLargeError, WrongKindError
+from serving.engine import errors
+from serving.logs import log
 
 TYPES: dict[str, tuple[int, str]] = {
     "undecodable": (400, "The content cannot be decoded"),
@@ -84,10 +86,35 @@ class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
-def clip_problem(error: ClipError, **extra: Any) -> ProblemError:
-    """The problem of content that cannot become a clip."""
-    if isinstance(error, WrongKindError):
-        return ProblemError("unsupported-kind", str(error), **extra)
-    if isinstance(error, TooLargeError):
-        return ProblemError("too-large", str(error), **extra)
-    return ProblemError("undecodable", str(error), **extra)
+_KINDS: tuple[tuple[type[Exception], str], ...] = (
+    (WrongKindError, "unsupported-kind"),
+    (TooLargeError, "too-large"),
+    (ClipError, "undecodable"),
+    (errors.ChoiceError, "wrong-parameter"),
+    (errors.UnknownKindError, "unsupported-kind"),
+    (errors.EmptyError, "undecodable"),
+    (errors.AnswerTooLargeError, "too-large"),
+    (errors.ReloadError, "reload-failed"),
+    (errors.ProcessEndedError, "unavailable"),
+    (errors.DeadlineError, "deadline"),
+)
+"""What the engine's errors are to a client; any other is a fault of ours."""
+_AGAIN = {"unavailable", "deadline"}
+
+
+def problem_of(error: errors.EngineError | ClipError) -> ProblemError:
+    """The problem that tells a client of an error of the engine."""
+    extra = {}
+    cause: Exception = error
+    if isinstance(error, errors.FileError):
+        cause, extra = error.cause, {"clip": error.index}
+    for kind, name in _KINDS:
+        if isinstance(cause, kind):
+            return ProblemError(name, str(cause), retry_after=1 if name in _AGAIN else None, **extra)
+    return ProblemError("internal", INTERNAL)
+
+
+def log_fault(error: errors.EngineError, request_id: str) -> None:
+    """Logs a fault of ours with its traceback, under the id that the client is told."""
+    if isinstance(error, errors.FaultError):
+        log("error", "a request failed", request_id=request_id, error=str(error), traceback=error.traceback)

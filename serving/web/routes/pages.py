@@ -7,7 +7,8 @@ from pathlib import Path
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from serving.problems import ProblemError
+from serving.web.problems import ProblemError
+from serving.web.scopes import needs
 
 router = APIRouter(include_in_schema=False)
 FOLDER = Path(__file__).parent.parent / "playground"
@@ -32,18 +33,21 @@ def _page(name: str) -> Response:
 
 
 @router.get("/")
+@needs("use")
 async def playground() -> Response:
     """The playground."""
     return _page("index.html")
 
 
 @router.get("/docs")
+@needs("use")
 async def docs() -> Response:
     """The API, for people."""
     return _page("docs.html")
 
 
 @router.get("/playground/{name}")
+@needs("use")
 async def asset(name: str) -> Response:
     """A script or style."""
     return _page(name)

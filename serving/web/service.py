@@ -13,16 +13,15 @@ from fastapi import Request
 
 from bridle import __version__
 from bridle.settings import RecipeError
-from serving.admission import Admission
-from serving.keys import KeyRing
+from serving.engine.errors import EngineError
+from serving.engine.registry import Registry
 from serving.logs import log
 from serving.metrics import Metrics
-from serving.problems import ProblemError
-from serving.processes import start_template
-from serving.registry import Registry
 from serving.settings import ServeSettings
 from serving.tracing import Tracing
-from serving.uploads import Uploads
+from serving.web.admission import Admission
+from serving.web.keys import KeyRing
+from serving.web.uploads import Uploads
 
 
 class Service:
@@ -50,7 +49,6 @@ class Service:
         Raises:
             ValueError, OSError, RuntimeError: one does not start.
         """
-        start_template()
         try:
             await self.registry.start()
         except BaseException:
@@ -82,7 +80,7 @@ class Service:
                 self.keys.reload()
             except (RecipeError, OSError, UnicodeError) as error:
                 log("error", "the keys could not be read; the old ones stay", error=str(error))
-            with contextlib.suppress(ProblemError):
+            with contextlib.suppress(EngineError):
                 await self.registry.reload()
 
         task = asyncio.ensure_future(reload())

@@ -13,10 +13,12 @@ from starlette.types import ASGIApp
 
 from bridle import __version__
 from bridle.settings import nearest
-from serving.middleware import Around
-from serving.problems import BY_STATUS, INTERNAL, ClientGoneError, ProblemError
-from serving.routes import clips, dequantize, operation, pages
-from serving.service import Service
+from serving.engine.errors import EngineError
+from serving.web.middleware import Around
+from serving.web.problems import BY_STATUS, INTERNAL, ClientGoneError, ProblemError, log_fault, problem_of
+from serving.web.routes import clips, dequantize, operation, pages
+from serving.web.scopes import scopes_of
+from serving.web.service import Service
 
 
 def build_app(service: Service) -> ASGIApp:
@@ -32,6 +34,7 @@ def build_app(service: Service) -> ASGIApp:
         redirect_slashes=False,
         exception_handlers={
             ProblemError: _problem,
+            EngineError: _engine_error,
             RequestValidationError: _wrong_parameter,
             HTTPException: _http_error,
             ClientGoneError: _nobody,
@@ -39,8 +42,10 @@ def build_app(service: Service) -> ASGIApp:
         },
     )
     app.state.service = service
-    for router in (clips.router, dequantize.router, operation.router, pages.router):
+    routers = (clips.router, dequantize.router, operation.router, pages.router)
+    for router in routers:
         app.include_router(router)
+    scopes = scopes_of(route for router in routers for route in router.routes)
     inner: ASGIApp = app
     if service.settings.cors_origins:
         inner = CORSMiddleware(
@@ -50,13 +55,19 @@ def build_app(service: Service) -> ASGIApp:
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Timeout", "X-Request-ID"],
             expose_headers=["X-Request-ID", "Retry-After", "Server-Timing"],
         )
-    return Around(inner, service)
+    return Around(inner, service, scopes)
 
 
 async def _problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, ProblemError)
     request.app.state.service.metrics.rejected.labels(error.type).inc()
     return error.response(request.state.request_id)
+
+
+async def _engine_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, EngineError)
+    log_fault(error, request.state.request_id)
+    return await _problem(request, problem_of(error))
 
 
 async def _nobody(request: Request, error: Exception) -> Response:

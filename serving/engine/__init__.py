@@ -1,0 +1,1 @@
+"""Models in service: choosing, decoding, batching, reloading. Knows no HTTP."""

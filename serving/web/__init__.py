@@ -1,0 +1,1 @@
+"""The HTTP side: routes, limits, keys, answers; what the engine raises becomes problems here."""
