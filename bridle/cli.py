@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
+from bridle.home import settle
 from bridle.settings import RecipeError
 
 COMMANDS = ("doctor", "shards", "launch", "export", "tokenize", "codebooks", "report", "fetch-model", "serve")
@@ -32,8 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report_mistakes(program: str, job: Callable[[], int]) -> int:
-    """Runs `job` and prints a user's mistake as one line instead of a traceback; returns the exit code."""
+    """Runs `job`, where caches can be written, and prints a user's mistake as one line instead of a traceback.
+
+    Returns:
+        The exit code.
+    """
     try:
+        settle()
         return job()
     except RecipeError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank finds the same mistake

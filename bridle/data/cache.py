@@ -18,6 +18,7 @@ from bridle.data import fetch, index
 from bridle.data.errors import ShardError
 from bridle.data.files import written_aside
 from bridle.data.patterns import shown
+from bridle.home import cache_folder
 
 log = logging.getLogger(__name__)
 LARGEST_INDEX = 1 << 30
@@ -26,8 +27,8 @@ AGAIN = "upload the shard and its index again"
 
 
 def default_folder() -> Path:
-    """``$XDG_CACHE_HOME/bridle``, or ``~/.cache/bridle``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bridle"
+    """``$XDG_CACHE_HOME/bridle``, or ``~/.cache/bridle``; see `bridle.home` for a home that cannot be written."""
+    return cache_folder() / "bridle"
 
 
 class ShardCache:
@@ -205,7 +206,8 @@ class ShardCache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ShardError(
-                f"cache folder {folder}: {error.strerror}; name a folder you may write in data.cache"
+                f"cache folder {folder}: {error.strerror}; name a folder you may write"
+                " (data.cache of a recipe, --cache of bridle shards)"
             ) from None
         return folder
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler
 
 from bridle.data.errors import SampleError, ShardError
+from bridle.data.handover import bytes_for_the_pipe, packed, stacked, unpacked, warn_of_little_memory
 from bridle.data.loaders import load
 from bridle.data.order import SampleOrder
 from bridle.data.shards import ShardSet
@@ -23,8 +24,6 @@ log = logging.getLogger(__name__)
 Make = Callable[[bytes, np.random.Generator], dict[str, torch.Tensor]]
 SUCCESSORS = 256
 """Samples tried for one position before the stream gives up."""
-SMALL = 1 << 16
-"""Bytes of a tensor that is not worth shared memory."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +38,22 @@ class Corrupt:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """tensors: stacked over the samples, each ``[b, ...]``. positions: of the samples, one after another."""
+    """tensors: stacked over the samples, each ``[b, ...]``. positions: of the samples, one after another.
+
+    piped: bytes of large tensors that came through the pipe, because shared memory had no room for them.
+    """
 
     tensors: dict[str, torch.Tensor]
     positions: list[int]
     corrupt: list[Corrupt]
+    piped: int = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"tensors": {name: _packed(tensor) for name, tensor in self.tensors.items()}}
+        return self.__dict__ | {"tensors": {name: packed(tensor) for name, tensor in self.tensors.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        tensors = {name: torch.as_tensor(packed) for name, packed in state["tensors"].items()}
+        tensors = {name: unpacked(found) for name, found in state["tensors"].items()}
         self.__dict__.update(state | {"tensors": tensors})
-
-
-def _packed(tensor: torch.Tensor) -> Any:
-    """For the way out of a worker: small ones go through the pipe, since shared memory takes a handshake (0.3 ms)."""
-    return tensor.numpy() if tensor.nbytes <= SMALL and tensor.dtype != torch.bfloat16 else tensor
 
 
 class Stream:
@@ -111,6 +109,8 @@ class Stream:
         for found in load(_Positions(self), workers, shares):
             if isinstance(found, ShardError):
                 raise found
+            if found.piped:
+                warn_of_little_memory()
             yield found
 
 
@@ -161,8 +161,8 @@ class _Positions(Dataset[Any]):
             made = [self._make(position, corrupt) for position in positions]
         except ShardError as error:
             return ShardError(str(error))
-        # In a worker it stacks into shared memory at once: torch.stack would cost another copy.
-        return MicroBatch(default_collate(made), list(positions), corrupt)
+        tensors = {name: stacked([sample[name] for sample in made]) for name in made[0]}
+        return MicroBatch(tensors, list(positions), corrupt, bytes_for_the_pipe(list(tensors.values())))
 
     def _make(self, position: int, corrupt: list[Corrupt]) -> dict[str, torch.Tensor]:
         epoch, sample = self.stream.order.locate(position)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bridle.data.errors import ShardError
+from bridle.data.handover import packed, unpacked
 from bridle.data.shards import ShardSet
 from bridle.modalities.clip import ClipError, Modality
 from bridle.model_folder import BridleModel
@@ -82,6 +83,12 @@ class Window:
     positions: int
     first: bool
     """Whether a file begins here."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"values": packed(self.values)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"values": unpacked(state["values"])})
 
 
 @dataclass(frozen=True)
