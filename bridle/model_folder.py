@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -319,6 +319,16 @@ def read_config(folder: Path) -> ModelConfig:
         return parse_settings(ModelConfig, raw, str(path))
     except RecipeError as error:
         raise ModelError(str(error)) from None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a model folder is there, readable and of this version; reads no weights."""
+    try:
+        read_config(folder)
+        with safe_open(folder / "model.safetensors", "pt") as weights:
+            return bool(weights.keys())
+    except (ValueError, OSError, SafetensorError):
+        return False
 
 
 def _load_strictly(module: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:

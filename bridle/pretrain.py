@@ -15,8 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bridle.cli import report_mistakes
+from bridle.training.stopping import STOPPED, StoppedError, StopRequest
 
+log = logging.getLogger("bridle")
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*=")
 """What follows ``--data A B`` and looks like this is an override, not a third pattern."""
 
@@ -47,33 +48,41 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 on success and on a stop by signal after a checkpoint, 2 on a wrong argument, 1 on failure."""
-    args = parse(arguments)
+    """Returns 0 when the run is done, 75 when it was asked to stop, 2 on a wrong argument or a run folder in use, 1 on
+    failure; see docs/training.md, "Exit codes"."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("bridle").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    return report_mistakes("pretrain", lambda: pretrain(args))
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    stop = StopRequest().listen()
+    from bridle.cli import report_mistakes
+
+    return report_mistakes("pretrain", lambda: pretrain(parse(arguments), stop))
 
 
-def pretrain(args: argparse.Namespace) -> int:
-    """Builds the run and runs it."""
+def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
+    """Takes the run folder's lock, meets the other ranks and runs."""
     from bridle.config import load_recipe
     from bridle.data.loaders import start_template
     from bridle.modalities import REGISTRY
     from bridle.training.engine import read_ds_config
-    from bridle.training.loop import StoppedBySignalError
+    from bridle.training.lock import LocalLockFile, RunLock
     from bridle.training.ranks import join, leave
     from bridle.training.run import PretrainingRun
 
     recipe = load_recipe(args.recipe, overrides(args))
-    if recipe.data.workers:
-        start_template("bridle.data.stream", "bridle.training.clips", REGISTRY[recipe.modality].partition(":")[0])
     ds_config = read_ds_config(args.deepspeed_config)
     folder = Path(args.run or f"runs/{Path(args.recipe).stem}")
-    ranks = join()
+    lock = RunLock(LocalLockFile(folder), str(folder), lost=end_at_once)
     try:
-        run = PretrainingRun(recipe, ds_config, args.deepspeed_config, folder, ranks)
-        run.run()
+        if os.environ.get("RANK", "0") == "0":
+            stop.before_leaving.append(lock.release)
+            lock.acquire()
+        if recipe.data.workers:
+            start_template("bridle.data.stream", "bridle.training.clips", REGISTRY[recipe.modality].partition(":")[0])
+        ranks = join()
+        run = PretrainingRun(recipe, ds_config, args.deepspeed_config, folder, ranks, stop, lock)
+        with stop.deferred():
+            run.run()
     except RuntimeError as error:
         if not any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
             raise
@@ -81,15 +90,21 @@ def pretrain(args: argparse.Namespace) -> int:
             "lost another rank, which stopped or was killed; what it printed says why."
             " Start the same command again to go on from the last checkpoint"
         ) from error
-    except StoppedBySignalError:
-        if ranks.first:
-            print(f"stopped after a checkpoint; the same command goes on from there ({folder})")
-    else:
-        if ranks.first:
-            print(f"done: {folder / 'models' / 'final'}")
+    except StoppedError:
+        reason = stop.reason or "a signal to another rank"
+        log.info("stopped by %s; the same command goes on from there (%s)", reason, folder)
+        return STOPPED
     finally:
         leave()
+        lock.release()
+    log.info("done: %s", folder / "models" / "final")
     return 0
+
+
+def end_at_once(why: str) -> None:
+    """Ends this process where nothing may be written any more; its peers notice."""
+    print(f"pretrain: error: {why}; nothing more was written", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def overrides(args: argparse.Namespace) -> list[str]:

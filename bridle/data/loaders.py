@@ -23,21 +23,23 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bridle.data.errors import ShardError
 
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def start_template(*modules: str) -> None:
     """Starts the process that loaders are forked from, unless it is there; it imports `modules` in the background.
 
-    It and all loaders block SIGTERM and SIGINT: the launcher and a terminal signal the whole process group, and a
-    checkpoint needs the loaders a little longer. They end with the process that started them.
+    It and all loaders block the signals that stop a run: the launcher, Slurm and a terminal signal the whole process
+    group, and a checkpoint needs the loaders a little longer. They end with the process that started them.
     """
     _CONTEXT.set_forkserver_preload(list(modules))
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"  # else a file in the current folder could stand for a library's module
-    resource_tracker.ensure_running()  # before: its start unblocks both signals
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # its start unblocks SIGTERM and SIGINT
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -34,12 +34,16 @@ class Position:
     """How far a phase has come; written into each checkpoint.
 
     step: optimizer steps done; samples: clips consumed, the stream's position; corrupt: clips replaced so far.
+    evaluation_due: whether the held-out row of this step is still to come. window: where a stop fell between two rows
+    of metrics, the sums of each rank and the counts of codes since the last one.
     """
 
     step: int = 0
     samples: int = 0
     corrupt: int = 0
     seconds: float = 0.0
+    evaluation_due: bool = False
+    window: dict[str, Any] | None = None
     format: int = field(default=FORMAT)
 
 

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from bridle.config import DataSettings, TrainedPhase, TrainSettings
 from bridle.data.stream import MicroBatch, Stream
 from bridle.training.checkpoints import PhaseCheckpoints, Position
 from bridle.training.engine import learning_rate, set_learning_rate, split_batch
+from bridle.training.measures import Sums, evaluate, to_device, usage_counts, usage_shares
 from bridle.training.metrics import RunLog, Window, progress_line
 from bridle.training.phases import PhaseJob
 from bridle.training.ranks import Ranks
+from bridle.training.stopping import StoppedError, StopRequest
 
 log = logging.getLogger("bridle")
-
-
-class StoppedBySignalError(Exception):
-    """SIGTERM or SIGINT arrived; a checkpoint was written."""
 
 
 class NonFiniteLossError(ValueError):
@@ -34,18 +30,6 @@ class NonFiniteLossError(ValueError):
 
 class CorruptDataError(ValueError):
     """More samples than allowed could not be read."""
-
-
-class StopFlag:
-    """Set by SIGTERM and SIGINT, looked at between steps."""
-
-    def __init__(self) -> None:
-        self.set = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self.set = True
 
 
 @dataclass(frozen=True)
@@ -85,25 +69,44 @@ class PhaseRun:
     ranks: Ranks
     checkpoints: PhaseCheckpoints
     run_log: RunLog | None
-    stop: StopFlag
+    stop: StopRequest
 
     def run(self, position: Position) -> Position:
         """Trains from `position` to the end of the phase.
 
         Raises:
-            StoppedBySignalError, NonFiniteLossError, CorruptDataError, OSError: on all ranks alike.
+            StoppedError, NonFiniteLossError, CorruptDataError, OSError: on all ranks alike.
         """
-        window, sums = Window(), _Sums(len(self.job.metric_names), self.ranks.device)
+        sums = self._restored_sums(position)
+        if position.evaluation_due:
+            self._evaluate(position, sums)
+        window = Window()
         batches = self._batches(position)
         while position.step < self.length.total:
+            vote = self.ranks.vote(self.stop.asked)
             lr = learning_rate(self.settings.lr, position.step, self.length.warmup, self.length.total)
             set_learning_rate(self.engine, lr)
             self._step(batches, window, sums)
             position.step += 1
             position.samples += self.train.batch_size
+            stop = vote.passed()
+            if self.run_log is not None:
+                self.run_log.prometheus.stepped.set_to_current_time()
             if self._is_boundary(position.step):
-                self._boundary(position, window, sums, lr)
+                self._boundary(position, window, sums, lr, stop)
+            if stop:
+                self._save_and_stop(position, sums)
         return position
+
+    def _restored_sums(self, position: Position) -> Sums:
+        """Sums of a window that a checkpoint interrupted, or new ones."""
+        sums = Sums(len(self.job.metric_names), self.ranks.device)
+        if position.window is not None:
+            sums.restore(position.window["sums"], self.ranks)
+            if self.ranks.first:
+                self.job.usage.copy_(torch.tensor(position.window["usage"]))
+            position.window = None
+        return sums
 
     def _batches(self, position: Position) -> Iterator[MicroBatch]:
         micro, _ = split_batch(self.train, self.ranks.world)
@@ -117,7 +120,7 @@ class PhaseRun:
             workers=self.data.workers,
         )
 
-    def _step(self, batches: Iterator[MicroBatch], window: Window, sums: _Sums) -> None:
+    def _step(self, batches: Iterator[MicroBatch], window: Window, sums: Sums) -> None:
         _, accumulation = split_batch(self.train, self.ranks.world)
         self.engine.train()
         for _ in range(accumulation):
@@ -133,7 +136,7 @@ class PhaseRun:
         window.steps += 1
 
     def _is_boundary(self, step: int) -> bool:
-        """Rows are written and peers heard only here; a checkpoint is always at one, so that rows restart exactly."""
+        """Rows are written and the device is waited for only here; regular checkpoints are always at one."""
         return (
             any(
                 every and step % every == 0
@@ -142,9 +145,9 @@ class PhaseRun:
             or step == self.length.total
         )
 
-    def _boundary(self, position: Position, window: Window, sums: _Sums, lr: float) -> None:
-        means, corrupt, stop = sums.reduce(self.ranks, self.stop.set)
-        usage = _usage(self.job, self.ranks)
+    def _boundary(self, position: Position, window: Window, sums: Sums, lr: float, stop: bool) -> None:
+        means, corrupt = sums.reduce(self.ranks)
+        usage = usage_shares(usage_counts(self.job, self.ranks))
         rates = window.rates(self.train.batch_size)
         position.corrupt += corrupt
         position.seconds += rates["step_seconds"] * window.steps
@@ -159,14 +162,22 @@ class PhaseRun:
             left = (self.length.total - position.step) * rates["step_seconds"]
             log.info(progress_line(row, self._name, self.length.total, left))
         self._check_corrupt(position)
-        self._evaluate_if_due(position.step, position)
-        last = position.step == self.length.total
-        if stop or (not last and position.step % self.train.checkpoint_every == 0):
-            self._checkpoint(position)
-        if stop:
-            raise StoppedBySignalError
         sums.reset()
+        position.evaluation_due = self._is_evaluated(position.step)
+        if not stop:
+            if position.evaluation_due:
+                self._evaluate(position, sums)
+            if position.step != self.length.total and position.step % self.train.checkpoint_every == 0:
+                self._checkpoint(position)
         window.reset()
+
+    def _save_and_stop(self, position: Position, sums: Sums) -> NoReturn:
+        """Saves what lies between two rows too, so that the row that comes next is the one that would have come."""
+        if sums.batches:
+            counts = usage_counts(self.job, self.ranks)
+            position.window = {"sums": sums.state(self.ranks), "usage": counts.tolist()}
+        self._checkpoint(position)
+        raise StoppedError
 
     @property
     def _name(self) -> str:
@@ -194,15 +205,22 @@ class PhaseRun:
         if self.run_log is not None:
             took = time.perf_counter() - began
             self.run_log.prometheus.checkpoint.set(took)
+            self.run_log.prometheus.checkpointed.set_to_current_time()
             log.info("%s checkpoint %s in %.1f s", self._name, folder.name, took)
 
-    def _evaluate_if_due(self, step: int, position: Position) -> None:
+    def _is_evaluated(self, step: int) -> bool:
         every = self.train.evaluate_every
-        if self.heldout is None or not (step == self.length.total or (every and step % every == 0)):
-            return
-        means, usage = evaluate(self.engine, self.job, self.heldout, self.train, self.data, self.ranks)
+        return self.heldout is not None and (step == self.length.total or (every > 0 and step % every == 0))
+
+    def _evaluate(self, position: Position, sums: Sums) -> None:
+        """Between two windows: uses the job's counts of codes."""
+        assert self.heldout is not None
+        found = evaluate(self.engine, self.job, self.heldout, self.train, self.data, self.ranks, self.stop)
+        if found is None:
+            self._save_and_stop(position, sums)
+        position.evaluation_due = False
         if self.run_log is not None:
-            row = self._row(position, "heldout", means, usage)
+            row = self._row(position, "heldout", *found)
             self.run_log.write(row)
             log.info(progress_line(row, self._name, self.length.total, 0.0))
 
@@ -221,69 +239,6 @@ class PhaseRun:
             f"the loss is not finite at step {position.step} of phase {self.index} ({self.job.kind}); {where};"
             " lower the phase's lr or lengthen its warm-up, and start again"
         )
-
-
-@torch.no_grad()
-def evaluate(
-    engine: Any, job: PhaseJob, heldout: Stream, train: TrainSettings, data: DataSettings, ranks: Ranks
-) -> tuple[list[float], dict[str, list[float]]]:
-    """Means of the phase's metrics and codebook usage over held-out clips, the same number on every rank."""
-    share = max(1, min(len(heldout.shards), train.evaluate_clips) // ranks.world)
-    micro = max(size for size in range(1, split_batch(train, ranks.world)[0] + 1) if share % size == 0)
-    sums = _Sums(len(job.metric_names), ranks.device)
-    job.usage.zero_()
-    engine.eval()
-    for batch in heldout.micro_batches(
-        start=0, stop=share * ranks.world, batch_size=share * ranks.world, micro_batch_size=micro,
-        rank=ranks.rank, world=ranks.world, workers=min(1, data.workers),
-    ):  # fmt: skip
-        _, metrics, codes = engine(*job.inputs(to_device(batch.tensors, ranks.device)))
-        sums.add(metrics, batch)
-        job.count(codes)
-    engine.train()
-    return sums.reduce(ranks, False)[0], _usage(job, ranks)
-
-
-def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Moves a batch."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-
-
-class _Sums:
-    """Sums of metrics on the device; the host looks at them only when a row is due."""
-
-    def __init__(self, count: int, device: torch.device) -> None:
-        self.values = torch.zeros(count, device=device)
-        self.batches = 0
-        self.corrupt = 0
-
-    def add(self, metrics: Tensor, batch: MicroBatch) -> None:
-        self.values += metrics
-        self.batches += 1
-        for sample in batch.corrupt:
-            log.warning("corrupt sample replaced: %s, key %s: %s", sample.shard, sample.key, sample.error)
-        self.corrupt += len(batch.corrupt)
-
-    def reduce(self, ranks: Ranks, stop: bool) -> tuple[list[float], int, bool]:
-        """Means over all ranks, corrupt samples of all ranks, and whether any rank was asked to stop."""
-        extra = self.values.new_tensor([self.batches, self.corrupt, stop])
-        *totals, batches, corrupt, stops = ranks.sum(torch.cat([self.values, extra]).double()).tolist()
-        return [total / batches for total in totals], int(corrupt), stops > 0
-
-    def reset(self) -> None:
-        self.values.zero_()
-        self.batches = self.corrupt = 0
-
-
-def _usage(job: PhaseJob, ranks: Ranks) -> dict[str, list[float]]:
-    """Of the codes seen since the last call, over all ranks, per codebook: the share of the codebook that was used, and
-    the share of its most frequent code, which is what always guessing that code would score."""
-    counts = ranks.sum(job.usage.clone())
-    job.usage.zero_()
-    return {
-        "codebook_usage": (counts > 0).float().mean(1).tolist(),
-        "codebook_majority": (counts.amax(1) / counts.sum(1).clamp(min=1.0)).tolist(),
-    }
 
 
 def _gradient_norm(engine: Any) -> float:

@@ -14,6 +14,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from bridle.files import clear_disk_errors, whole_file
 
 log = logging.getLogger("bridle")
+ALARMS = ("checkpoint", "damaged_checkpoint", "heartbeat")
+"""Kinds of alarms: a checkpoint could not be written; one was damaged and the one before was taken; a heartbeat could
+not be written."""
 STEP_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
@@ -38,6 +41,18 @@ class PrometheusMetrics:
             "bridle_train_corrupt_samples_total", "Clips that could not be read and were replaced.", registry=to
         )
         self.checkpoint = Gauge("bridle_train_checkpoint_seconds", "Seconds the last checkpoint took.", registry=to)
+        self.checkpointed = Gauge(
+            "bridle_train_checkpoint_timestamp_seconds", "When the last checkpoint was written.", registry=to
+        )
+        self.stepped = Gauge("bridle_train_step_timestamp_seconds", "When the last step ended.", registry=to)
+        self.heartbeat = Gauge(
+            "bridle_train_heartbeat_timestamp_seconds", "When the run last said that it holds its folder.", registry=to
+        )
+        self.alarms = Counter(
+            "bridle_train_alarms_total", "What went wrong and did not end the run.", ["kind"], registry=to
+        )
+        for kind in ALARMS:
+            self.alarms.labels(kind)
         self.port = self._serve(port) if port else 0
 
     def _serve(self, port: int) -> int:
@@ -46,6 +61,13 @@ class PrometheusMetrics:
         except OSError:  # taken, by another run on this machine most likely
             server, _ = start_http_server(0, registry=self.registry)
         return int(server.server_port)
+
+    def beaten(self, written: bool) -> None:
+        """Takes over a heartbeat of the run's lock."""
+        if written:
+            self.heartbeat.set_to_current_time()
+        else:
+            self.alarms.labels("heartbeat").inc()
 
     def observe(self, row: Mapping[str, Any], steps: int, clips: int, corrupt: int) -> None:
         """Takes over one row of metrics."""

@@ -23,6 +23,8 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    control: dist.ProcessGroup | None = None
+    """A gloo group of all ranks beside the one that trains, for what the hosts tell each other."""
 
     @property
     def first(self) -> bool:
@@ -58,6 +60,26 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def vote(self, yes: bool) -> Vote:
+        """Begins to ask all ranks whether any says yes. All must ask alike; no device waits for it."""
+        ballot = torch.tensor([float(yes)])
+        work = dist.all_reduce(ballot, group=self.control, async_op=True) if self.world > 1 else None
+        return Vote(ballot, work)
+
+
+@dataclass(frozen=True)
+class Vote:
+    """A question to all ranks that is on its way while they compute."""
+
+    ballot: Tensor
+    work: dist.Work | None
+
+    def passed(self) -> bool:
+        """Whether any rank said yes; waits for the slowest rank to ask."""
+        if self.work is not None:
+            self.work.wait()
+        return bool(self.ballot.item())
+
 
 def join() -> Ranks:
     """Joins the process group that the environment describes (none: a group of one)."""
@@ -88,7 +110,9 @@ def join() -> Ranks:
             " port, give one with deepspeed --master_port PORT"
         ) from None
     device = torch.device(accelerator.device_name(local) if accelerator.device_name() != "cpu" else "cpu")
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    assert isinstance(control, dist.ProcessGroup)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, control)
 
 
 def leave() -> None:

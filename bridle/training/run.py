@@ -20,7 +20,7 @@ from bridle.data.shards import ShardSet, open_mixture
 from bridle.data.stream import Stream
 from bridle.files import whole_file, write_json
 from bridle.modalities import build_modality
-from bridle.model_folder import patch_shape, save_model
+from bridle.model_folder import is_whole, patch_shape, save_model
 from bridle.modeling.bridle import Components, parameter_count
 from bridle.modeling.encoder import Encoder
 from bridle.modeling.tokenizer import Tokenizer
@@ -36,10 +36,13 @@ from bridle.training.checkpoints import (
 )
 from bridle.training.clips import MakeClip
 from bridle.training.engine import build_engine, resolve_ds_config, split_batch, uses_bf16
-from bridle.training.loop import Length, PhaseRun, StopFlag, to_device
+from bridle.training.lock import RunLock
+from bridle.training.loop import Length, PhaseRun
+from bridle.training.measures import to_device
 from bridle.training.metrics import RunLog
 from bridle.training.phases import EncoderPhaseJob, PhaseJob, TokenizerPhaseJob
 from bridle.training.ranks import Ranks
+from bridle.training.stopping import StoppedError, StopRequest
 
 log = logging.getLogger("bridle")
 FREE_TO_CHANGE = {
@@ -54,9 +57,20 @@ INITIAL_LATENTS = 65_536
 class PretrainingRun:
     """One run folder and the recipe it was started with."""
 
-    def __init__(self, recipe: Recipe, ds_config: Mapping[str, Any], where: str, folder: Path, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        ds_config: Mapping[str, Any],
+        where: str,
+        folder: Path,
+        ranks: Ranks,
+        stop: StopRequest,
+        lock: RunLock,
+    ) -> None:
         """Raises RecipeError or ShardError on settings that cannot work, before anything is written."""
         self.recipe = recipe
+        self.stop = stop
+        self.lock = lock
         self.folder = folder
         self.ranks = ranks
         self.modality = build_modality(recipe.modality, recipe.clip)
@@ -68,28 +82,38 @@ class PretrainingRun:
         check_same_recipe(folder, recipe)
 
     def run(self) -> None:
-        """Trains whatever is not yet trained and leaves `models/final`."""
+        """Trains whatever is not yet trained and leaves `models/final`.
+
+        Raises:
+            StoppedError: asked to stop; whatever took long is saved, and the same command goes on from there.
+        """
         self.ranks.barrier()
         run_log = None
         if self.ranks.first:
             self._describe()
             run_log = RunLog(self.folder, self.recipe.train.prometheus_port)
-        stop = StopFlag()
+            self.lock.beaten = run_log.prometheus.beaten
         try:
             for index, phase in enumerate(self.recipe.phases):
                 checkpoints = self._checkpoints(index)
-                if checkpoints.is_finished():
-                    continue
-                if isinstance(phase, ColdStartPhase):
-                    self._cold_start(index, checkpoints)
-                else:
-                    self._train(index, phase, checkpoints, run_log, stop)
+                finished = checkpoints.is_finished()
+                self._stop_if_asked()
+                if not finished:
+                    if isinstance(phase, ColdStartPhase):
+                        self._cold_start(index, checkpoints)
+                    else:
+                        self._train(index, phase, checkpoints, run_log)
                 if isinstance(phase, EncoderPhase):
                     self._export(index)
                 self.ranks.barrier()
         finally:
             if run_log is not None:
                 run_log.close()
+
+    def _stop_if_asked(self) -> None:
+        """All ranks must call it; for places where nothing is lost by stopping."""
+        if self.ranks.vote(self.stop.asked).passed():
+            raise StoppedError
 
     def _open(self, sources: list[DataSource]) -> ShardSet:
         data = self.recipe.data
@@ -143,6 +167,7 @@ class PretrainingRun:
             start=0, stop=recipe.train.batch_size, batch_size=recipe.train.batch_size, micro_batch_size=micro,
             rank=ranks.rank, world=ranks.world, workers=min(1, recipe.data.workers),
         ):  # fmt: skip
+            self._stop_if_asked()
             with torch.no_grad():
                 latents = tokenizer.latents(to_device(batch.tensors, ranks.device)["values"]).float()
             share.append(spread(latents, INITIAL_LATENTS // recipe.train.batch_size))
@@ -161,7 +186,6 @@ class PretrainingRun:
         phase: EncoderPhase | TokenizerPhase,
         checkpoints: PhaseCheckpoints,
         run_log: RunLog | None,
-        stop: StopFlag,
     ) -> None:
         begun = checkpoints.steps()
         job = self._job(index, phase, fresh=not begun)
@@ -175,11 +199,12 @@ class PretrainingRun:
         if run_log is not None:
             run_log.forget_after(index, position.step)
             log.info("[%d %s] %s; from step %d", index, job.kind, sizes, position.step)
+        self._stop_if_asked()
         stream = self._stream(index, job.masked)
         length = Length.of(phase, float(stream.order.samples_per_epoch), self.recipe.train.batch_size)
         position = PhaseRun(
             index, phase, job, engine, stream, self._heldout_stream(job.masked), length,
-            self.recipe.train, self.recipe.data, self.ranks, checkpoints, run_log, stop,
+            self.recipe.train, self.recipe.data, self.ranks, checkpoints, run_log, self.stop,
         ).run(position)  # fmt: skip
         checkpoints.finish(part_states(engine, job.parts, self.ranks), position, self.ranks)
         engine.destroy()
@@ -219,15 +244,17 @@ class PretrainingRun:
         load_weights(module, read_tensors(path), path)
 
     def _export(self, index: int) -> None:
+        """Writes the models that a finished phase stands for, unless they are there: a run may be killed in between."""
         if not self.ranks.first:
             return
         iteration = sum(isinstance(phase, EncoderPhase) for phase in self.recipe.phases[: index + 1])
         targets = [f"iteration-{iteration}"]
         if index == max(i for i, phase in enumerate(self.recipe.phases) if isinstance(phase, EncoderPhase)):
             targets.append("final")
-        for target in targets:
-            export_model(self.folder, index, self.folder / "models" / target)
-            log.info("model written to %s", self.folder / "models" / target)
+        for target in (self.folder / "models" / name for name in targets):
+            if not is_whole(target):
+                export_model(self.folder, index, target)
+                log.info("model written to %s", target)
 
     def _describe(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

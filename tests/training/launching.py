@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -51,6 +56,48 @@ def rows(run: Path, with_times: bool = False) -> list[dict]:
     """Rows of metrics.jsonl, without what a clock measured."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if with_times or k not in TIMES} for line in lines]
+
+
+def start(run: Path, *arguments: str, ranks: int = 1, **more: str) -> subprocess.Popen:
+    """The same command, running; its output goes to `RUN.log`, so that nobody has to read it for it to go on."""
+    with Path(f"{run}.log").open("w") as output:
+        return subprocess.Popen(
+            command(run, *arguments, ranks=ranks), env=environment(**more), cwd=ROOT, stdout=output, stderr=output
+        )
+
+
+def output_of(run: Path) -> str:
+    return Path(f"{run}.log").read_text()
+
+
+def wait_for(what: Callable[[], object], process: subprocess.Popen, run: Path, seconds: float = 120) -> None:
+    """Until `what` is true; the process must not end before."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None, output_of(run)
+        assert time.monotonic() < deadline, output_of(run)
+        time.sleep(0.002)
+
+
+def wait_for_rows(run: Path, count: int, process: subprocess.Popen) -> None:
+    metrics = run / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= count, process, run)
+
+
+def processes_of(run: Path) -> list[psutil.Process]:
+    """The runner, the spawner and the ranks of a run, whoever their parents are."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if str(run) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def ranks_of(run: Path) -> list[psutil.Process]:
+    """The ranks of a run, in order."""
+    ranks = [process for process in processes_of(run) if process.environ().get("RANK")]
+    return sorted(ranks, key=lambda process: int(process.environ()["RANK"]))
 
 
 def free_port() -> int:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, command, environment, pretrain, rows
+from launching import output_of, pretrain, rows, start, wait_for_rows
 
 from bridle.model_folder import load
 from bridle.training.checkpoints import read_tensors
@@ -24,23 +22,10 @@ def undisturbed(tmp_path_factory) -> Path:
 
 def start_and_signal(run: Path, rows_seen: int, number: int, ranks: int = 1) -> tuple[int, str]:
     """Starts a run and sends it a signal once it has written so many rows of metrics."""
-    process = subprocess.Popen(
-        command(run, ranks=ranks),
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    metrics = run / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < rows_seen:
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    process = start(run, ranks=ranks)
+    wait_for_rows(run, rows_seen, process)
     process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
-    return process.returncode, output
+    return process.wait(timeout=60), output_of(run)
 
 
 @pytest.mark.slow
@@ -55,16 +40,6 @@ def test_a_run_killed_at_random_steps_equals_an_undisturbed_one_to_the_last_digi
     assert not list(run.glob("checkpoints/*/.*"))
     for part in ("models/final/model.safetensors", "models/iteration-1/model.safetensors"):
         assert (run / part).read_bytes() == (undisturbed / part).read_bytes()
-
-
-@pytest.mark.slow
-def test_sigterm_writes_a_checkpoint_exits_zero_and_goes_on_exactly(undisturbed, tmp_path):
-    run = tmp_path / "run"
-    code, output = start_and_signal(run, 2, signal.SIGTERM)
-    assert code == 0, output
-    assert "stopped after a checkpoint" in output
-    pretrain(run)
-    assert rows(run) == rows(undisturbed)
 
 
 @pytest.mark.slow

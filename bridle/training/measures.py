@@ -1,0 +1,118 @@
+"""What a phase measures: sums over a window of steps, and held-out clips."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridle.config import DataSettings, TrainSettings
+from bridle.data.stream import MicroBatch, Stream
+from bridle.training.engine import split_batch
+from bridle.training.phases import PhaseJob
+from bridle.training.ranks import Ranks
+from bridle.training.stopping import StopRequest
+
+log = logging.getLogger("bridle")
+
+
+class Sums:
+    """Sums of metrics on the device; the host looks at them only when a row is due."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.values = torch.zeros(count, device=device)
+        self.batches = 0
+        self.corrupt = 0
+
+    def add(self, metrics: Tensor, batch: MicroBatch) -> None:
+        """Takes over one micro-batch's metrics."""
+        self.values += metrics
+        self.batches += 1
+        for sample in batch.corrupt:
+            log.warning("corrupt sample replaced: %s, key %s: %s", sample.shard, sample.key, sample.error)
+        self.corrupt += len(batch.corrupt)
+
+    def reduce(self, ranks: Ranks) -> tuple[list[float], int]:
+        """Means over all ranks, and corrupt samples of all ranks."""
+        *totals, batches, corrupt = ranks.sum(self._row()).tolist()
+        return [total / batches for total in totals], int(corrupt)
+
+    def reset(self) -> None:
+        """Begins a new window."""
+        self.values.zero_()
+        self.batches = self.corrupt = 0
+
+    def state(self, ranks: Ranks) -> list[list[float]]:
+        """Each rank's sums, for a checkpoint inside a window. All ranks must call it."""
+        rows: list[list[float]] = ranks.gather(self._row()[None]).tolist()
+        return rows
+
+    def restore(self, rows: list[list[float]], ranks: Ranks) -> None:
+        """The reverse: exact on the same number of ranks; on another one, rank 0 takes all."""
+        if len(rows) != ranks.world:
+            none = [0.0] * len(rows[0])
+            rows = [[sum(column) for column in zip(*rows, strict=True)]] + [none] * (ranks.world - 1)
+        *values, batches, corrupt = rows[ranks.rank]
+        self.values.copy_(torch.tensor(values, dtype=torch.float64))
+        self.batches, self.corrupt = int(batches), int(corrupt)
+
+    def _row(self) -> Tensor:
+        return torch.cat([self.values, self.values.new_tensor([self.batches, self.corrupt])]).double()
+
+
+def usage_counts(job: PhaseJob, ranks: Ranks) -> Tensor:
+    """Of the codes seen since the last call, over all ranks: how often each was, float ``[M, K]``."""
+    counts = ranks.sum(job.usage.clone())
+    job.usage.zero_()
+    return counts
+
+
+def usage_shares(counts: Tensor) -> dict[str, list[float]]:
+    """Per codebook, the share of it that was used, and the share of its most frequent code, which is what always
+    guessing that code would score."""
+    return {
+        "codebook_usage": (counts > 0).float().mean(1).tolist(),
+        "codebook_majority": (counts.amax(1) / counts.sum(1).clamp(min=1.0)).tolist(),
+    }
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Any,
+    job: PhaseJob,
+    heldout: Stream,
+    train: TrainSettings,
+    data: DataSettings,
+    ranks: Ranks,
+    stop: StopRequest,
+) -> tuple[list[float], dict[str, list[float]]] | None:
+    """Means of the phase's metrics and codebook usage over held-out clips, the same number on every rank.
+
+    None on all ranks, as if it had not begun, if any was asked to stop meanwhile.
+    """
+    share = max(1, min(len(heldout.shards), train.evaluate_clips) // ranks.world)
+    micro = max(size for size in range(1, split_batch(train, ranks.world)[0] + 1) if share % size == 0)
+    sums, stopped = Sums(len(job.metric_names), ranks.device), False
+    job.usage.zero_()
+    engine.eval()
+    for batch in heldout.micro_batches(
+        start=0, stop=share * ranks.world, batch_size=share * ranks.world, micro_batch_size=micro,
+        rank=ranks.rank, world=ranks.world, workers=min(1, data.workers),
+    ):  # fmt: skip
+        vote = ranks.vote(stop.asked)
+        _, metrics, codes = engine(*job.inputs(to_device(batch.tensors, ranks.device)))
+        sums.add(metrics, batch)
+        job.count(codes)
+        stopped = vote.passed()
+        if stopped:
+            break
+    engine.train()
+    counts = usage_counts(job, ranks)
+    return None if stopped else (sums.reduce(ranks)[0], usage_shares(counts))
+
+
+def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Moves a batch."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
