@@ -26,7 +26,9 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 """SIGUSR1 is Slurm's early warning; SIGHUP a terminal that goes away (left alone where it is ignored: nohup)."""
 POLL = 1.0
 """Seconds between two looks at the launcher."""
-RUNNERS = {"bridle", "deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner", "torchrun", "torch.distributed.run"}
+RUNNERS = {
+    "bridle", "deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner", "torchrun", "torch.distributed.run",
+}  # fmt: skip
 SPAWNERS = {"deepspeed.launcher.launch"}
 """What DeepSpeed's runner starts, and what starts the ranks."""
 
