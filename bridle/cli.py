@@ -42,7 +42,8 @@ def report_mistakes(program: str, job: Callable[[], int]) -> int:
         settle()
         return job()
     except RecipeError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same mistake
+        # Every rank finds the same, and each node has its own log; what one may find alone has a class of its own.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or type(error) is not RecipeError:
             print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:

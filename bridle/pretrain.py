@@ -86,10 +86,12 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
     except RuntimeError as error:
         if not any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
             raise
-        raise OSError(
-            "lost another rank, which stopped or was killed; what it printed says why."
-            " Start the same command again to go on from the last checkpoint"
-        ) from error
+        print(
+            "pretrain: error: lost another rank, which stopped or was killed; what it printed says why."
+            " Start the same command again to go on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return STOPPED  # the rank that was lost has the exit code that counts
     except StoppedError:
         reason = stop.reason or "a signal to another rank"
         log.info("stopped by %s; the same command goes on from there (%s)", reason, folder)

@@ -23,6 +23,7 @@ LEFT_BEHIND_SECONDS = 5.0
 """How long the other ranks may take to notice by themselves that one has failed, and say so."""
 ENDING_SECONDS = 30.0
 """After SIGTERM, which then follows, until SIGKILL. Without a failure nothing is ever killed."""
+WRONG, STOPPED = 2, 75
 LARGEST_PORT = 65_535
 
 
@@ -40,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Starts the ranks, and returns when all have ended.
 
-    Returns 0 when all did; 2 when one refused its arguments; else what the first that failed returned, 128 + N for
-    signal N.
+    Returns 0 when all did; 2 when one refused its arguments; else what the first that failed by itself returned, 128
+    + N for signal N; 75 when all were asked to stop or lost another node's rank (docs/training.md, "Exit codes").
 
     Raises:
         RecipeError: counts, an address or a port that cannot be.
@@ -114,7 +115,8 @@ def supervise(ranks: dict[int, int]) -> int:
                 _send(running, number)
                 kill_at[number] = float("inf") if number == signal.SIGTERM else moment
     failed = [code if code > 0 else 128 - code for code in codes if code]
-    return 2 if 2 in failed else next(iter(failed), 0)
+    failed.sort(key=lambda code: (code != WRONG, code == STOPPED))
+    return next(iter(failed), 0)
 
 
 def _ended() -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import requests
 
-from bridle.data.errors import ShardError
+from bridle.data.errors import ShardError, UnavailableError
 
 log = logging.getLogger(__name__)
 TRIES = 5
@@ -30,10 +30,6 @@ PIPE_STALL_SECONDS = 600.0
 S3_GONE = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 S3_BUSY = {"SlowDown", "Throttling", "RequestTimeout"}
 S3_FORBIDDEN = {"403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
-
-
-class UnavailableError(ShardError):
-    """The server answers, and says that it will not give the file: not there, not ours to read, no such request."""
 
 
 class _TransientError(Exception):
@@ -216,7 +212,7 @@ def _s3_errors(name: str) -> Iterator[None]:
         raise ShardError(f"{name}: S3 answers {said}") from None
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
         fix = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
-        raise ShardError(f"{name}: no S3 credentials found; {fix}") from None
+        raise UnavailableError(f"{name}: no S3 credentials found; {fix}") from None
     except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
         raise _TransientError(_plain(error)) from None
     except exceptions.IncompleteReadError as error:
