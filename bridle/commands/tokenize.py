@@ -1,4 +1,4 @@
-"""`bridle tokenize MODEL_DIR INPUT ...`: files to codes, on the screen or one file each."""
+"""`bridle tokenize MODEL_DIR INPUT ...`: files to codes, on the screen, one file each, or as a data set."""
 
 from __future__ import annotations
 
@@ -11,21 +11,32 @@ from typing import Any
 
 import numpy as np
 
+from bridle.commands import tokenize_bulk
 from bridle.commands.options import add_model_arguments, load_model
 from bridle.files import whole_file
 from bridle.modalities.clip import ClipError
 from bridle.model_folder import BridleModel, CodeStream
 from bridle.settings import RecipeError
 
-HELP = "turn files into codes: JSON lines on the screen, or one file per input under --out"
+HELP = "turn files into codes: JSON lines on the screen, or with --out a data set for language models"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     add_model_arguments(parser)
-    parser.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="file of the model's modality")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="write DIR/NAME.jsonl or DIR/NAME.npz for each input")
-    parser.add_argument("--format", choices=("jsonl", "npz"), default="jsonl", help="of the files under --out")
+    parser.add_argument(
+        "inputs",
+        metavar="INPUT",
+        nargs="*",
+        help="files of the model's modality; with --out also folders, globs, shards",
+    )
+    parser.add_argument("--out", metavar="DIR", help="write a data set to this folder or s3:// address")
+    parser.add_argument(
+        "--format",
+        choices=(*tokenize_bulk.FORMATS, "npz"),
+        help="of the data set (default: parquet); npz writes DIR/NAME.npz for each input instead",
+    )
+    tokenize_bulk.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,8 +47,12 @@ def run(args: argparse.Namespace) -> int:
         ModelError: no model in MODEL_DIR.
         OSError: an answer cannot be written.
     """
+    if args.out is not None and args.format != "npz":
+        args.format = args.format or tokenize_bulk.FORMATS[0]
+        return tokenize_bulk.run(args)
     from tqdm import tqdm
 
+    args.inputs = [Path(name) for name in args.inputs]
     _check(args)
     model = load_model(args)
     failed = 0
@@ -56,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         if args.out is None:
             print(json.dumps(answer), flush=True)
         else:
-            write(args.out / f"{path.name}.{args.format}", answer)
+            write(Path(args.out) / f"{path.name}.npz", answer)
     if failed and len(args.inputs) > 1:
         print(f"bridle tokenize: {failed} of {len(args.inputs)} files could not be tokenized", file=sys.stderr)
     return 1 if failed else 0
@@ -78,23 +93,23 @@ def describe(path: Path, stream: CodeStream, model: BridleModel) -> dict[str, An
 
 
 def write(target: Path, answer: dict[str, Any]) -> None:
-    """One file, whole or not at all: a JSON line, or `codes` int32 ``[M, N]`` and the other fields as JSON in `info`.
+    """One file, whole or not at all: `codes` int32 ``[M, N]``, and the other fields as JSON in `info`.
 
     Raises:
         OSError: a full disk and the like.
     """
-    with whole_file(target) as aside:
-        if target.suffix == ".jsonl":
-            aside.write_text(json.dumps(answer) + "\n", encoding="utf-8")
-            return
-        info = {key: value for key, value in answer.items() if key != "codes"}
-        with aside.open("wb") as file:
-            np.savez_compressed(file, codes=np.array(answer["codes"], dtype=np.int32), info=np.array(json.dumps(info)))
+    info = {key: value for key, value in answer.items() if key != "codes"}
+    with whole_file(target) as aside, aside.open("wb") as file:
+        np.savez_compressed(file, codes=np.array(answer["codes"], dtype=np.int32), info=np.array(json.dumps(info)))
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.out is None and args.format != "jsonl":
-        raise RecipeError(f"--format {args.format} is for files; give --out DIR too")
+    if not args.inputs:
+        raise RecipeError("INPUT: give at least one file")
+    if args.out is None and (args.format not in (None, "jsonl") or args.verify):
+        raise RecipeError(
+            f"{'--verify' if args.verify else f'--format {args.format}'} is for files; give --out DIR too"
+        )
     if args.out is not None:
         double = [name for name, count in Counter(path.name for path in args.inputs).items() if count > 1]
         if double:

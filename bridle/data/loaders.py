@@ -8,6 +8,7 @@ so that a loader is there in the time of a fork.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.util
@@ -52,7 +53,8 @@ def start_template(*modules: str) -> None:
 def load(dataset: Dataset[Any], workers: int, sampler: Sampler[Any] | None = None) -> Iterator[Any]:
     """What `dataset` gives, item by item and as it is; made by `workers` processes, or in this one if 0.
 
-    With processes, `dataset` is pickled to them, and the main module is imported there again (as `__mp_main__`).
+    Processes begin at once, two items ahead each. `dataset` is pickled to them, and the main module is imported there
+    again (as `__mp_main__`).
 
     Raises:
         ShardError: a process died.
@@ -71,8 +73,20 @@ def load(dataset: Dataset[Any], workers: int, sampler: Sampler[Any] | None = Non
         # Its own generator: else every stream would move torch's global one.
         generator=torch.Generator(),
     )
+    with _clear_death(workers):
+        items = iter(loader)
+    return _watched(items, workers)
+
+
+def _watched(items: Iterator[Any], workers: int) -> Iterator[Any]:
+    with _clear_death(workers):
+        yield from items
+
+
+@contextlib.contextmanager
+def _clear_death(workers: int) -> Iterator[None]:
     try:
-        yield from loader
+        yield
     except (RuntimeError, ConnectionError, EOFError) as error:
         if not _means_dead_loader(error, workers):
             raise

@@ -9,7 +9,7 @@ import os
 import tarfile
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -248,9 +248,26 @@ class ShardSet:
         tar = self._opened(number)[0]
         members = entry.members.items()
         small = {name: self._read_at(i, tar, *at) for name, at in members if name in META and at[1] <= LARGEST_META}
-        extension = self._wanted(entry)
+        extension = self.wanted(entry.members)
         assert extension is not None
         return Sample(self._names[number], entry.key, self.data(i), extension, small)
+
+    def members(self, i: int, *, besides: Container[str]) -> tuple[str, list[str], dict[str, bytes]]:
+        """Key of sample `i`, the extensions of all its members, and the content of those that are not in `besides`.
+
+        Raises:
+            SampleError, ShardError: see `read`.
+        """
+        number, entry = self._entry(i)
+        tar = self._opened(number)[0]
+        content = {name: self._read_at(i, tar, *at) for name, at in entry.members.items() if name not in besides}
+        return entry.key, list(entry.members), content
+
+    def wanted(self, names: Collection[str]) -> str | None:
+        """The member wanted most of those named; where nothing is wanted, the first that is no label."""
+        if not self.extensions:
+            return next((found for found in names if found not in META), None)
+        return next((wanted for wanted in self.extensions if wanted in names), None)
 
     def prefetch(self, number: int) -> None:
         """Brings a remote shard into the cache unless it is there or another process is at it.
@@ -261,12 +278,6 @@ class ShardSet:
         shard = self.shards[number]
         if shard.remote and number not in self._open:
             self.cache.fetch(shard.url, shard.header, wait=False)
-
-    def _wanted(self, entry: index.Entry) -> str | None:
-        """The member wanted most; where nothing is wanted, the first that is no label."""
-        if not self.extensions:
-            return next((found for found in entry.members if found not in META), None)
-        return next((wanted for wanted in self.extensions if wanted in entry.members), None)
 
     def _at(self, i: int) -> tuple[int, int]:
         """Shard of a sample and the sample's number among those that count."""
@@ -326,7 +337,7 @@ class ShardSet:
             raise self._bad_index(number, f"{len(ends) - 1} lines for {shard.header.samples} samples")
         try:
             entries = index.parse_entries(content[ends[0] :])
-            found = [(entry, self._wanted(entry)) for entry in entries]
+            found = [(entry, self.wanted(entry.members)) for entry in entries]
         except (ValueError, KeyError, TypeError, IndexError):
             raise self._bad_index(number, "a line is damaged") from None
         kept = [wanted is not None for _, wanted in found]

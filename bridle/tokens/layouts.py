@@ -1,13 +1,17 @@
 """Code streams to the flat token ids and text tokens of language models, and back. Every layout is a bijection.
 
 With M codebooks of K codes, code k of codebook m has the id ``offset + m * K + k``: each codebook has its own K ids
-(AnyGPT's `id + K * layer`). The ids after them, from ``offset + M * K`` on, are the hole, the begin and the end token.
+(AnyGPT's `id + K * layer`). The ids after them, from ``offset + M * K`` on, are the hole, the begin, the end and the
+time marks.
 
 | layout | order of the ids | who does so |
 | --- | --- | --- |
 | `interleaved` | position by position, all M codes of one before the next | AnyGPT, SpeechGPT |
 | `delay` | as `interleaved`, codebook m moved m positions later; holes where nothing is | MusicGen, Moshi |
 | `coarse_first` | all of codebook 0, then all of codebook 1, ... | AudioLM, VALL-E |
+
+`Vocabulary.parallel` gives M rows side by side instead of one flat row, for models with an embedding per codebook
+(MusicGen's and Moshi's inputs).
 """
 
 from __future__ import annotations
@@ -38,20 +42,24 @@ class Vocabulary:
     Args:
         codebooks: M; codebook_size: K.
         offset: the first id; most often the size of the text vocabulary.
+        marks: time-mark ids, behind the end token.
 
     Raises:
-        TokenError: sizes that are not positive, or an offset below 0.
+        TokenError: sizes that are not positive, or an offset or a number of marks below 0.
     """
 
     codebooks: int
     codebook_size: int
     offset: int = 0
+    marks: int = 0
 
     def __post_init__(self) -> None:
         if self.codebooks < 1 or self.codebook_size < 1:
             raise TokenError(f"{self.codebooks} codebooks of {self.codebook_size} codes: expected at least 1 and 1")
         if not 0 <= self.offset < 2**62:
             raise TokenError(f"offset {self.offset}: expected 0 or more")
+        if self.marks < 0:
+            raise TokenError(f"{self.marks} time marks: expected 0 or more")
 
     @property
     def hole(self) -> int:
@@ -70,8 +78,18 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """Ids in all, the three special ones included."""
-        return self.codebooks * self.codebook_size + 3
+        """Ids in all: of the codes, the three special ones and the time marks."""
+        return self.codebooks * self.codebook_size + 3 + self.marks
+
+    def mark(self, number: int) -> int:
+        """The id of time mark `number`; they come round again, so that a stream of any length can be marked.
+
+        Raises:
+            TokenError: the vocabulary has no time marks.
+        """
+        if not self.marks:
+            raise TokenError("the vocabulary has no time marks; make one that does")
+        return self.end + 1 + number % self.marks
 
     def flatten(self, codes: npt.ArrayLike, layout: str = "interleaved", *, delays: Sequence[int] | None = None) -> Ids:
         """Codes ``[N, M]`` to flat ids, int64 ``[L]``; L is N M, or (N + max(delays)) M for `delay`.
@@ -119,6 +137,27 @@ class Vocabulary:
                 f"expected {low} to {low + self.codebook_size - 1}; check layout, offset and model"
             )
         return codes
+
+    def parallel(self, codes: npt.ArrayLike, *, delays: Sequence[int] | None = None) -> Ids:
+        """Codes ``[N, M]`` to M rows of ids, int64 ``[M, N + max(delays)]``; no delays unless given.
+
+        Raises:
+            TokenError: as `flatten`.
+        """
+        shifts = delays if delays is not None else [0] * self.codebooks
+        return np.ascontiguousarray(self.flatten(codes, "delay", delays=shifts).reshape(-1, self.codebooks).T)
+
+    def from_parallel(self, ids: npt.ArrayLike, *, delays: Sequence[int] | None = None) -> Ids:
+        """The inverse of `parallel`: ids ``[M, L]`` to codes, int64 ``[N, M]``.
+
+        Raises:
+            TokenError: another number of rows, or as `unflatten`.
+        """
+        rows = _integers(ids, "ids")
+        if rows.ndim != 2 or len(rows) != self.codebooks:
+            raise TokenError(f"ids: found shape {list(rows.shape)}, expected [{self.codebooks}, L]")
+        shifts = delays if delays is not None else [0] * self.codebooks
+        return self.unflatten(rows.T.reshape(-1), "delay", delays=shifts)
 
     def _checked(self, codes: npt.ArrayLike) -> Ids:
         array = _integers(codes, "codes")
