@@ -13,12 +13,12 @@ COPY requirements*.lock pyproject.toml ./
 RUN python3 -m venv /tools \
     && sed -n '/^uv==/,/^    # via/p' requirements.lock > /tools/uv.lock \
     && /tools/bin/python -m pip install --quiet --no-cache-dir --require-hashes --requirement /tools/uv.lock
-# A file that the lock does not name, or with another hash, ends the build.
+# A file that the lock does not name, or with another hash, ends the build. Certificates are the base's.
 RUN python3 -m venv --without-pip /opt/bridle \
     && lock=requirements.lock \
     && if [ "$FLAVOUR" = cpu ] && [ -f requirements-cpu.lock ]; then lock=requirements-cpu.lock; fi \
     && echo "installing from $lock" \
-    && /tools/bin/uv pip install --python /opt/bridle --no-cache --compile-bytecode --require-hashes \
+    && /tools/bin/uv pip install --system-certs --python /opt/bridle --no-cache --compile-bytecode --require-hashes \
         --constraint "$lock" --build-constraint requirements.lock \
         --requirement pyproject.toml --extra train --extra s3
 COPY . .
