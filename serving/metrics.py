@@ -27,8 +27,8 @@ class Metrics:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
-        build = Gauge("bridle_serve_build_info", "Constant 1; the version.", ["version"], registry=registry)
-        build.labels(__version__).set(1)
+        self.build_info = Gauge("bridle_serve_build_info", "Constant 1; the version.", ["version"], registry=registry)
+        self.build_info.labels(__version__).set(1)
 
         def histogram(name: str, text: str, labels: list[str], buckets: tuple[float, ...] = _SECONDS) -> Histogram:
             return Histogram(f"bridle_serve_{name}", text, labels, buckets=buckets, registry=registry)
