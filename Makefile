@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | clean | lock | lock-cpu. Each does all the set-up it needs; needs Python >= 3.11 and a C compiler.
+# make setup | demo | test | lint | clean | lock | lock-cpu | dashboards. Each does all the set-up it needs; needs Python >= 3.11 and a C compiler.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ DEMO_CLIP := $(DEMO)/clip.ogg
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint ruff format-check types clean lock lock-cpu
+.PHONY: setup demo test lint ruff format-check types clean lock lock-cpu dashboards
 
 setup: $(INSTALLED)
 
@@ -55,6 +55,10 @@ types: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Rules and dashboards of k8s/monitoring, from the names of the metrics in the code.
+dashboards: $(INSTALLED)
+	$(BIN)/python tools/monitoring/generate.py
 
 # New pins: keeps those that still fit pyproject.toml; with UPGRADE=--upgrade, takes the newest.
 lock:

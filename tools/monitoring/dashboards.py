@@ -16,6 +16,8 @@ from rules import AVAILABLE, CALLS, QUICK, SECONDS
 DATASOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 OF = 'instance=~"$instance"'
 STEP = "$__rate_interval"
+ROWS = "10m"
+"""A run counts when it logs a row, every `train.log_every` steps."""
 Query = tuple[str, str]
 """An expression, and what its lines are called."""
 
@@ -90,13 +92,18 @@ def training() -> str:
     """The dashboard of training, as JSON."""
     board = _board("bridle-train", "BRIDLE training", TRAIN.steps, "Loss, codes, speed and safety of runs.")
     board.with_row(dashboard.Row("Now"))
-    waiting = f"max(rate({TRAIN.data_wait}{{{OF}}}[{STEP}]))"
+    waiting = f"max(rate({TRAIN.data_wait}{{{OF}}}[{ROWS}]))"
     for title, query, unit, text in (
-        ("Clips", f"sum(rate({TRAIN.samples}{{{OF}}}[{STEP}]))", "cps", "Over all ranks."),
+        ("Clips", f"sum(rate({TRAIN.samples}{{{OF}}}[{ROWS}]))", "cps", "Over all ranks."),
         ("Waiting for clips", waiting, "percentunit", "Share of the time that a step waits for its batch."),
-        ("Since a step", f"max(time() - {TRAIN.stepped}{{{OF}}})", "s", ""),
-        ("Since a checkpoint", f"max(time() - {TRAIN.checkpointed}{{{OF}}})", "s", "What a loss of the node costs."),
-        ("Since a heartbeat", f"max(time() - {TRAIN.heartbeat}{{{OF}}})", "s", "Of the lock on the run folder."),
+        ("Since a step", f"max(time() - ({TRAIN.stepped}{{{OF}}} > 0))", "s", ""),
+        (
+            "Since a checkpoint",
+            f"max(time() - ({TRAIN.checkpointed}{{{OF}}} > 0))",
+            "s",
+            "What a loss of the node costs.",
+        ),
+        ("Since a heartbeat", f"max(time() - ({TRAIN.heartbeat}{{{OF}}} > 0))", "s", "Of the lock on the run folder."),
         ("Alarms", f"sum(increase({TRAIN.alarms}{{{OF}}}[1h]))", "short", "In the last hour."),
     ):
         board.with_panel(_number(title, query, unit, text))
@@ -105,19 +112,19 @@ def training() -> str:
     usage = f"{TRAIN.usage}{{{OF}}}"
     board.with_panel(_lines("Codes in use", [(usage, "{{instance}} codebook {{codebook}}")], "percentunit"))
     board.with_row(dashboard.Row("Speed"))
-    samples = f"sum by (instance, phase) (rate({TRAIN.samples}{{{OF}}}[{STEP}]))"
+    samples = f"sum by (instance, phase) (rate({TRAIN.samples}{{{OF}}}[{ROWS}]))"
     board.with_panel(_lines("Clips trained on", [(samples, "{{instance}} {{phase}}")], "cps"))
-    steps = f"sum by (instance, phase) (rate({TRAIN.steps}{{{OF}}}[{STEP}]))"
+    steps = f"sum by (instance, phase) (rate({TRAIN.steps}{{{OF}}}[{ROWS}]))"
     board.with_panel(_lines("Steps", [(steps, "{{instance}} {{phase}}")], "ops"))
-    took = [f"sum by (instance) (rate({TRAIN.step_seconds}_{part}{{{OF}}}[{STEP}]))" for part in ("sum", "count")]
+    took = [f"sum by (instance) (rate({TRAIN.step_seconds}_{part}{{{OF}}}[{ROWS}]))" for part in ("sum", "count")]
     board.with_panel(_lines("A step", [(" / ".join(took), "{{instance}}")], "s"))
-    wait = f"rate({TRAIN.data_wait}{{{OF}}}[{STEP}])"
+    wait = f"rate({TRAIN.data_wait}{{{OF}}}[{ROWS}])"
     board.with_panel(_lines("Waiting for clips", [(wait, "{{instance}}")], "percentunit"))
     board.with_row(dashboard.Row("Safety"))
     board.with_panel(_lines("A checkpoint", [(f"{TRAIN.checkpoint}{{{OF}}}", "{{instance}}")], "s"))
     alarms = f"sum by (instance, kind) (increase({TRAIN.alarms}{{{OF}}}[5m]))"
     board.with_panel(_lines("Alarms (in 5 min)", [(alarms, "{{instance}} {{kind}}")], "short"))
-    corrupt = f"sum by (instance) (rate({TRAIN.corrupt}{{{OF}}}[{STEP}]))"
+    corrupt = f"sum by (instance) (rate({TRAIN.corrupt}{{{OF}}}[{ROWS}]))"
     board.with_panel(_lines("Samples that cannot be read", [(corrupt, "{{instance}}")], "cps"))
     return _text(board)
 
@@ -133,20 +140,21 @@ def _board(uid: str, title: str, metric: str, text: str) -> dashboard.Dashboard:
 
 def _number(title: str, query: str, unit: str, text: str) -> stat.Panel:
     panel = stat.Panel().title(title).description(text).datasource(DATASOURCE).unit(unit).height(4).span(4)
-    return panel.with_target(_target(query, title))
+    panel = panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+    return panel.with_target(_target("A", query, title))
 
 
 def _lines(title: str, queries: Sequence[Query], unit: str) -> timeseries.Panel:
     panel = timeseries.Panel().title(title).datasource(DATASOURCE).unit(unit).height(8).span(12).min(0)
     legend = common.VizLegendOptions().display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM)
     panel = panel.legend(legend.show_legend(True)).tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
-    for query, name in queries:
-        panel.with_target(_target(query, name))
+    for letter, (query, name) in zip("ABC", queries, strict=False):
+        panel.with_target(_target(letter, query, name))
     return panel
 
 
-def _target(query: str, name: str) -> prometheus.Dataquery:
-    return prometheus.Dataquery().expr(query).legend_format(name)
+def _target(letter: str, query: str, name: str) -> prometheus.Dataquery:
+    return prometheus.Dataquery().ref_id(letter).expr(query).legend_format(name)
 
 
 def _quantiles(histogram: str, labels: str, *by: str) -> list[Query]:
@@ -157,4 +165,6 @@ def _quantiles(histogram: str, labels: str, *by: str) -> list[Query]:
 
 def _text(board: dashboard.Dashboard) -> str:
     found: Any = json.loads(JSONEncoder(sort_keys=True).encode(board.build()))
+    for number, panel in enumerate(found["panels"], start=1):
+        panel["id"] = number
     return json.dumps(found, indent=1, sort_keys=True) + "\n"

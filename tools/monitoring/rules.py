@@ -6,8 +6,6 @@ from typing import Any
 
 from names import SERVE, TRAIN
 
-from bridle.training.metrics import ALARMS
-
 AVAILABLE, QUICK, SECONDS = 0.995, 0.95, 2.5
 """Objectives over 30 days: the share of calls answered with no 5xx, and of /tokenize calls within so many seconds."""
 WINDOWS = ("5m", "30m", "1h", "6h", "30d")
@@ -106,20 +104,28 @@ def _training() -> list[dict[str, Any]]:
     alarms = f"sum by (namespace, job, instance, kind) (increase({TRAIN.alarms}[15m]))"
     return [
         _alert(
-            "BridleTrainStalled", f"time() - {TRAIN.stepped} > 900", "0m", "page",
+            "BridleTrainNotStarted", f"{TRAIN.stepped} == 0", "1h", "ticket",
+            "{{ $labels.instance }} has made no step since it started.",
+        ),
+        _alert(
+            "BridleTrainStalled", f"time() - ({TRAIN.stepped} > 0) > 900", "0m", "page",
             "{{ $labels.instance }} has made no step for {{ $value | humanizeDuration }}.",
         ),
         _alert(
-            "BridleTrainHeartbeatLate", f"time() - {TRAIN.heartbeat} > 180", "0m", "ticket",
+            "BridleTrainHeartbeatLate", f"time() - ({TRAIN.heartbeat} > 0) > 180", "0m", "ticket",
             "{{ $labels.instance }} has not renewed its lock for {{ $value | humanizeDuration }}.",
         ),
         _alert(
             "BridleTrainAlarm", f"{alarms} > 0", "0m", "ticket",
-            f"{{{{ $labels.instance }}}} goes on with an alarm: {{{{ $labels.kind }}}} (of {', '.join(ALARMS)}).",
+            "{{ $labels.instance }} goes on with an alarm: {{ $labels.kind }}.",
         ),
         _alert(
-            "BridleTrainCheckpointOld", f"time() - {TRAIN.checkpointed} > 7200", "0m", "ticket",
+            "BridleTrainCheckpointOld", f"time() - ({TRAIN.checkpointed} > 0) > 7200", "0m", "ticket",
             "{{ $labels.instance }} would lose {{ $value | humanizeDuration }} of work.",
+        ),
+        _alert(
+            "BridleTrainNoCheckpoint", f"{TRAIN.checkpointed} == 0", "2h", "ticket",
+            "{{ $labels.instance }} has written no checkpoint since it started.",
         ),
         _alert(
             "BridleTrainCheckpointSlow", f"{TRAIN.checkpoint} > 240", "0m", "ticket",
