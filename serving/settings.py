@@ -71,6 +71,8 @@ class ServeSettings(Settings):
     """Memory a decoding process may take above what it starts with."""
     decode_seconds: Seconds = 30.0
     """Time for decoding one clip; the process is ended then."""
+    decode_cpu_seconds: Seconds = 10.0
+    """CPU time for decoding one clip: bounds files made to be slow, whoever else is at work."""
 
     max_bytes: Count = 64 * 1024 * 1024
     """Bytes of one request's body, and of one file in it."""

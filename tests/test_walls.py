@@ -20,13 +20,15 @@ BELOW = {
     "home": {"settings"},
     "cores": set(),
     "recipes": set(),
+    "processes": set(),
     "modeling": {"config", "settings"},
-    "modalities": {"config", "settings"},
-    "data": {"config", "settings", "files", "home", "modalities.clip"},
+    "modalities": {"config", "settings", "processes"},
+    "data": {"config", "settings", "processes", "files", "home", "modalities.clip"},
     "model_folder": {"config", "settings", "files", "modalities", "modeling"},
-    "tokens": {"config", "settings", "files", "modalities", "modeling", "data", "model_folder"},
-    "evaluation": {"config", "settings", "files", "modalities", "modeling", "data", "model_folder", "tokens"},
+    "tokens": {"config", "settings", "processes", "files", "modalities", "modeling", "data", "model_folder"},
+    "evaluation": {"config", "settings", "processes", "files", "modalities", "modeling", "data", "model_folder", "tokens"},
     "training": {
+        "processes",
         "config",
         "settings",
         "files",
@@ -38,6 +40,7 @@ BELOW = {
         "evaluation",
     },
     "serving": {
+        "processes",
         "config",
         "settings",
         "files",
@@ -57,6 +60,13 @@ SERVING = {"workers": set(), "engine": {"workers"}, "web": {"engine"}}
 """What each of the service's rooms may import of the others."""
 SERVING_TOOLS = {"settings", "logs", "metrics", "tracing"}
 """What all of them may use."""
+PROCESS_LIBRARIES: dict[str, set[str]] = {
+    "multiprocessing": set(),
+    "subprocess": set(),
+    "socket": set(),
+    "mmap": set(),
+}
+"""Libraries of `bridle/processes`, and files elsewhere that have another use for them."""
 DOORS = {"cli", "pretrain", "commands"}
 ONLY_IN = {
     "deepspeed": {"training", "diagnostics"},
@@ -147,6 +157,25 @@ def test_the_service_has_three_rooms_and_only_looks_down() -> None:
                 wrong.append(f"{name_of(path)}:{line}: {room} must know no HTTP")
             if path.stem in SERVING_TOOLS and parts[0] == "serving" and parts[1] in SERVING:
                 wrong.append(f"{name_of(path)}:{line}: {path.stem} must know no room")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_one_room_starts_processes_and_shares_memory() -> None:
+    wrong = [
+        f"{name_of(path)}:{line}: {imported} belongs to bridle/processes"
+        for path in sources("bridle", "serving")
+        for line, imported in imports(path)
+        if imported.split(".")[0] in PROCESS_LIBRARIES and room_of(module_of(path)) != "processes"
+        if name_of(path) not in PROCESS_LIBRARIES[imported.split(".")[0]]
+    ]
+    wrong += [
+        f"{name_of(path)}:{call.lineno}: {function}"
+        for path in sources("bridle", "serving")
+        if room_of(module_of(path)) != "processes"
+        for call, function in calls(path)
+        if function in {"os.fork", "os.forkpty", "os.posix_spawn", "os.memfd_create", "os.system"}
+        or function.startswith(("os.exec", "os.spawn"))
+    ]
     assert not wrong, "\n".join(wrong)
 
 

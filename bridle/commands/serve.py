@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
     settings = read_settings(flags, os.environ)
     KeyRing(settings)  # wrong keys are told now, not after the imports
     try:
-        from serving.workers.processes import start_template
+        from serving.workers.template import start_workers_template
 
-        start_template()  # it imports for seconds; so do the next lines
+        start_workers_template()  # it imports for seconds; so do the next lines
 
         from serving.logs import log
         from serving.run import run as serve

@@ -1,53 +1,16 @@
-"""Loader processes: forked from a clean template, never from a trainer, whose threads a fork would leave behind.
-
-The child of a fork that meets another thread of its parent as it begins or ends may wait for that thread for ever
-(CPython's gh-112275, in Python 3.11 up to 3.11.10; libraries have locks of the same kind). A trainer has such threads:
-autograd's, the collectives', the metrics server's. Its template has none, and it has torch and the decoders imported,
-so that a loader is there in the time of a fork.
-"""
+"""Loader processes, forked from the clean template (`bridle.processes.template`), never from a trainer."""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import multiprocessing.connection
-import multiprocessing.util
-import os
-import signal
-import threading
 from collections.abc import Iterator
-from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bridle.data.errors import ShardError
-
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-_CONTEXT = multiprocessing.get_context("forkserver")
-
-
-def start_template(*modules: str) -> None:
-    """Starts the process that loaders are forked from, unless it is there; it imports `modules` in the background.
-
-    It and all loaders block the signals that stop a run: the launcher, Slurm and a terminal signal the whole process
-    group, and a checkpoint needs the loaders a little longer. They end with the process that started them.
-    """
-    _CONTEXT.set_forkserver_preload(list(modules))
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"  # else a file in the current folder could stand for a library's module
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # its start unblocks SIGTERM and SIGINT
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if before is None:
-            del os.environ["PYTHONSAFEPATH"]
-        else:
-            os.environ["PYTHONSAFEPATH"] = before
+from bridle.processes.template import CONTEXT, end_with_parent, kill_at_exit, start_template
 
 
 def load(dataset: Dataset[Any], workers: int, sampler: Sampler[Any] | None = None) -> Iterator[Any]:
@@ -61,7 +24,7 @@ def load(dataset: Dataset[Any], workers: int, sampler: Sampler[Any] | None = Non
     """
     if workers:
         start_template(type(dataset).__module__)
-        multiprocessing.util.Finalize(None, _end_loaders, exitpriority=100)
+        kill_at_exit()
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -69,7 +32,7 @@ def load(dataset: Dataset[Any], workers: int, sampler: Sampler[Any] | None = Non
         num_workers=workers,
         collate_fn=_same,
         worker_init_fn=_end_with_parent,
-        multiprocessing_context=_CONTEXT if workers else None,
+        multiprocessing_context=CONTEXT if workers else None,
         # Its own generator: else every stream would move torch's global one.
         generator=torch.Generator(),
     )
@@ -104,21 +67,7 @@ def _means_dead_loader(error: Exception, workers: int) -> bool:
 
 def _end_with_parent(worker: int) -> None:
     """torch watches the process that a loader was forked from, but the template lives as long as its loaders."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="bridle-parent", daemon=True).start()
-
-
-def _end_loaders() -> None:
-    """At exit, multiprocessing sends SIGTERM, which loaders block, and would then wait for them for ever."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    end_with_parent()
 
 
 def _same(found: Any) -> Any:

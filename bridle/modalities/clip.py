@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 import numpy as np
 from pydantic import Field
 
+from bridle.processes.errors import RefusedError
 from bridle.settings import Settings
 
 if TYPE_CHECKING:  # a decoder's child process starts without it
@@ -33,7 +34,7 @@ class Clip:
     duration_s: float | None = None
 
 
-class ClipError(ValueError):
+class ClipError(RefusedError):
     """Content that cannot become a clip. The message names what was found, what was expected and what to do."""
 
 

@@ -65,13 +65,16 @@ class Batcher:
         self._metrics = metrics
         self._queue: deque[Entry] = deque()
         self._idle = 0
-        self.changed = asyncio.Event()
-        """To be set when `upstream` may have fallen."""
+        self._changed = asyncio.Event()
+
+    def look(self) -> None:
+        """To be called when `upstream` may have fallen."""
+        self._changed.set()
 
     def submit(self, entry: Entry) -> None:
         """Puts an entry in line; its slot now belongs to the batcher."""
         self._queue.append(entry)
-        self.changed.set()
+        self._changed.set()
 
     async def next_batch(self) -> list[Entry]:
         """Waits for work; entries of one operation that should run now, in the order they came.
@@ -101,10 +104,10 @@ class Batcher:
                     return self._take(1 if alone else min(self._max_batch, -(-same // self._idle)))
             else:
                 patience = None
-            self.changed.clear()
+            self._changed.clear()
             try:
                 async with asyncio.timeout(patience):
-                    await self.changed.wait()
+                    await self._changed.wait()
             except TimeoutError:
                 continue
 

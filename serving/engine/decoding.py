@@ -6,41 +6,50 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
-from bridle.modalities import clip as clip_module
 from bridle.modalities.clip import ClipError, TooLargeError, UndecodableError
+from bridle.modalities.isolation import clip_error
+from bridle.processes.async_child import AsyncChild
+from bridle.processes.errors import ProtocolError
+from bridle.processes.messages import (
+    BeginDecoder,
+    Cancel,
+    Decode,
+    Decoded,
+    Draw,
+    Drawn,
+    End,
+    Fault,
+    FromDecoder,
+    Need,
+    Refused,
+    Slot,
+)
 from serving.engine.errors import EngineError, FaultError, ProcessEndedError
 from serving.logs import log
 from serving.metrics import Metrics
 from serving.workers import decode_worker
 from serving.workers.arena import Arena
-from serving.workers.processes import Child, ProcessGoneError
 
 MAX_PICTURE = 64 * 1024 * 1024
 """Bytes of a picture for people; the only payload that a decoding process may send."""
+LET_GO_SECONDS = 0.25
+"""How long a decoder may go on with a file that nobody waits for any more; then it is ended and replaced."""
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP}
 """Signals that a decoder's own fault raises; any other end came from outside."""
 
-
-@dataclass(frozen=True)
-class Window:
-    """A clip in shared memory. Who holds it must release its slot."""
-
-    slot: int
-    valid: int
-    start_s: float | None
-    duration_s: float | None
+Window = Decoded
+"""A clip in shared memory. Who holds it must release its slot."""
 
 
 class _Worker:
     """A decoding process with the messages it sent, read by a task of its own so that no job can cut one in two."""
 
-    def __init__(self, child: Child) -> None:
+    def __init__(self, child: AsyncChild) -> None:
         self.child = child
-        self.messages: asyncio.Queue[tuple[dict[str, Any], bytes] | None] = asyncio.Queue()
+        self.messages: asyncio.Queue[tuple[Any, bytes] | None] = asyncio.Queue()
         self.reader = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
@@ -50,7 +59,7 @@ class _Worker:
         except (EOFError, ConnectionError):
             self.messages.put_nowait(None)
 
-    async def receive(self) -> tuple[dict[str, Any], bytes]:
+    async def receive(self) -> tuple[Any, bytes]:
         message = await self.messages.get()
         if message is None:
             raise EOFError
@@ -58,32 +67,36 @@ class _Worker:
 
 
 class DecodePool:
-    """Decoding processes that take one file at a time, and are replaced when they end."""
+    """Decoding processes that take one file at a time, and are replaced when they end.
 
-    def __init__(self, name: str, config: dict[str, Any], count: int, arena: Arena, metrics: Metrics) -> None:
+    changed: called whenever `active` falls.
+    """
+
+    def __init__(
+        self, name: str, begin: BeginDecoder, count: int, arena: Arena, metrics: Metrics, changed: Callable[[], None]
+    ) -> None:
         self._name = name
-        self._config = config
+        self._begin = begin
         self._count = count
         self._arena = arena
         self._metrics = metrics
+        self._changed = changed
         self._idle: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
         self._workers: set[_Worker] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self.active = 0
         """Files waiting for a decoder or being decoded at this moment."""
-        self.changed = asyncio.Event()
-        """Set whenever `active` falls."""
 
     async def start(self) -> None:
         """Starts all processes.
 
         Raises:
-            ProcessGoneError, RuntimeError: one did not start.
+            ProcessGoneError, ChildError: one did not start.
         """
         for worker in await asyncio.gather(*(self._new() for _ in range(self._count))):
             self._idle.put_nowait(worker)
-        if not all(worker.child.hello.get("offline") for worker in self._workers):
+        if not all(worker.child.hello.offline for worker in self._workers):
             log("warning", "decoders could not give up the network; forbid it in the container", model=self._name)
 
     @property
@@ -97,72 +110,62 @@ class DecodePool:
         Raises:
             ClipError: the file is at fault. EngineError: the process ended through no fault of the file.
         """
-        granted: set[int] = set()
         began = time.perf_counter()
-        job = self._job("windows", data, granted)
-        try:
-            async for header, _ in job:
-                found = header.get("slot")
-                if found not in granted:
-                    raise ProcessGoneError(None)
-                granted.discard(found)
-                now = time.perf_counter()
-                self._metrics.decode_seconds.labels(self._name).observe(now - began)
-                yield Window(found, int(header["valid"]), header["start_s"], header["duration_s"])
+        async with contextlib.aclosing(self._job(None, data)) as job:
+            async for window, _ in job:
+                self._metrics.decode_seconds.labels(self._name).observe(time.perf_counter() - began)
+                yield window
                 began = time.perf_counter()
-        finally:
-            await job.aclose()
 
-    async def picture(self, data: bytes | bytearray) -> tuple[dict[str, Any], bytes]:
+    async def picture(self, data: bytes | bytearray) -> tuple[Drawn, bytes]:
         """A PNG for people, and its measures.
 
         Raises:
             ClipError, EngineError: see `windows`.
         """
-        answer: tuple[dict[str, Any], bytes] | None = None
-        async with contextlib.aclosing(self._job("picture", data, set())) as job:
-            async for message in job:
-                answer = message
-        assert answer is not None
-        return answer
+        async with contextlib.aclosing(self._job(Draw(), data)) as job:
+            async for drawn, png in job:
+                return drawn, png
+        raise FaultError("a decoder drew nothing", "")
 
-    async def _job(self, operation: str, data: bytes | bytearray, granted: set[int]) -> AsyncGenerator[Any, None]:
-        """Runs one job and yields its messages. Slots left in `granted` go back afterwards.
+    async def _job(self, draw: Draw | None, data: bytes | bytearray) -> AsyncGenerator[tuple[Any, bytes], None]:
+        """Runs one job and yields its clips, or the picture. Slots that no clip came in go back afterwards.
 
         A job asks for slots only once it has a process: those who wait in line must not hold what others need to end.
         """
         self.active += 1
         worker: _Worker | None = None
+        granted: set[int] = set()
         settled = False
         try:
             worker = await self._take()
-            header: dict[str, Any] = {"op": operation}
-            if operation == "windows":
+            if draw is None:
                 granted.add(slot := await self._arena.acquire())
-                header["slot"] = slot
-            await worker.child.channel.send(header, data)
+            await worker.child.channel.send(draw or Decode(slot), data)
             while True:
                 message, payload = await worker.receive()
-                if "need" in message:
+                if isinstance(message, Need):
                     granted.add(slot := await self._arena.acquire())
-                    await worker.child.channel.send({"slot": slot})
-                elif "error" in message:
-                    settled = True
-                    raise _failure(message)
-                elif "done" in message:
-                    settled = True
-                    if operation == "picture":
-                        yield message, payload
-                    return
-                else:
+                    await worker.child.channel.send(Slot(slot))
+                elif isinstance(message, Decoded):
+                    if message.slot not in granted:
+                        raise ProtocolError("a clip in a slot that is another's")
+                    granted.discard(message.slot)
                     yield message, payload
+                else:
+                    settled = True
+                    if isinstance(message, Drawn):
+                        yield message, payload
+                    elif not isinstance(message, End):
+                        raise _failure(message)
+                    return
         except (EOFError, ConnectionError):
             assert worker is not None
             settled = True
             raise await self._replace(worker) from None
         finally:
             self.active -= 1
-            self.changed.set()
+            self._changed()
             if worker is None or settled:
                 self._release(granted)
                 if worker in self._workers:
@@ -181,14 +184,15 @@ class DecodePool:
     async def _settle(self, worker: _Worker, granted: set[int]) -> None:
         """Ends a job that nobody waits for any more; its slots are free only when the process has let go of them."""
         try:
-            await worker.child.channel.send({"cancel": True})
-            while True:
-                message, _ = await worker.receive()
-                if "done" in message or "error" in message:
-                    break
+            async with asyncio.timeout(LET_GO_SECONDS):
+                await worker.child.channel.send(Cancel())
+                while True:
+                    message, _ = await worker.receive()
+                    if isinstance(message, End | Drawn | Refused | Fault):
+                        break
             self._idle.put_nowait(worker)
-        except (EOFError, ConnectionError):
-            await self._replace(worker)
+        except (EOFError, ConnectionError, TimeoutError):
+            await self._replace(worker, patience=0.0)
         finally:
             self._release(granted)
 
@@ -198,22 +202,32 @@ class DecodePool:
         granted.clear()
 
     async def _new(self) -> _Worker:
-        child = await Child.start(decode_worker.main, f"decode-{self._name}", self._arena.fd, self._config, MAX_PICTURE)
+        child = await AsyncChild.start(
+            decode_worker.main,
+            f"decode-{self._name}",
+            self._begin,
+            memory=self._arena.fd,
+            allowed=FromDecoder,
+            max_payload=MAX_PICTURE,
+        )
         worker = _Worker(child)
         self._workers.add(worker)
         return worker
 
-    async def _replace(self, worker: _Worker) -> Exception:
+    async def _replace(self, worker: _Worker, patience: float = 2.0) -> Exception:
         """What to tell the one whose file the process had; another process starts meanwhile."""
         self._workers.discard(worker)
-        code = await worker.child.end()
+        code = await worker.child.end(patience)
         if not self._closed:
             self._metrics.worker_restarts.labels("decode", self._name).inc()
             log("warning", "a decoding process ended; starting another", model=self._name, exit_code=code)
             self._spawn(self._restart())
         if code == -signal.SIGALRM:
-            seconds = self._config["seconds"]
+            seconds = self._begin.seconds
             return TooLargeError(f"decoding took longer than decode_seconds = {seconds:g}; send a smaller file")
+        if code == -signal.SIGPROF:
+            seconds = self._begin.cpu_seconds
+            return TooLargeError(f"decoding costs more than decode_cpu_seconds = {seconds:g}; send a simpler file")
         if code is not None and -code in CRASHES:
             return UndecodableError("the decoder crashed on the content; it is corrupt")
         return ProcessEndedError("the decoding process ended; send the request again")
@@ -231,7 +245,7 @@ class DecodePool:
                 self._idle.put_nowait(worker)
                 return
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -245,10 +259,9 @@ class DecodePool:
         self._workers.clear()
 
 
-def _failure(message: dict[str, Any]) -> ClipError | EngineError:
-    if message.get("traceback"):
-        return FaultError(str(message["message"])[:1000], str(message["traceback"]))
-    kind = getattr(clip_module, str(message["error"]), None)
-    if not (isinstance(kind, type) and issubclass(kind, ClipError)):
-        kind = UndecodableError
-    return kind(str(message.get("message", ""))[:1000])
+def _failure(message: Any) -> ClipError | EngineError:
+    if isinstance(message, Refused):
+        return clip_error(message.kind, message.message)
+    if isinstance(message, Fault):
+        return FaultError(message.message, message.traceback)
+    return FaultError(f"a decoder sent {type(message).__name__} out of turn", "")

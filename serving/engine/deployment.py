@@ -17,6 +17,18 @@ from bridle.cores import available_cores
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Modality
 from bridle.model_folder import ModelConfig, read_config
+from bridle.processes.async_child import AsyncChild
+from bridle.processes.messages import (
+    VERSION,
+    BeginDecoder,
+    BeginModel,
+    Dequantize,
+    Fault,
+    Forward,
+    FromModel,
+    ModelReady,
+    array_of,
+)
 from serving.engine.batching import Array, Batcher, Entry
 from serving.engine.cores import SharedCores
 from serving.engine.decoding import DecodePool, Window
@@ -26,7 +38,6 @@ from serving.metrics import Metrics
 from serving.settings import ServeSettings
 from serving.workers import model_worker
 from serving.workers.arena import Arena
-from serving.workers.processes import Child
 
 MAX_ANSWER = 1 << 31
 """Bytes that a model process may answer with."""
@@ -57,7 +68,6 @@ class Deployment:
         self._ahead = 2 * settings.max_batch
         slots = settings.decoders + (len(devices) + 2) * settings.max_batch
         self.arena = Arena(slots, 4 * math.prod(self._shape))
-        self.pool = DecodePool(self.name, self._decoder_config(), settings.decoders, self.arena, metrics)
         self._batcher = Batcher(
             self.name,
             max_batch=settings.max_batch,
@@ -66,9 +76,10 @@ class Deployment:
             release=self.arena.release,
             metrics=metrics,
         )
-        self.pool.changed = self._batcher.changed
+        begin = self._begin_decoder()
+        self.pool = DecodePool(self.name, begin, settings.decoders, self.arena, metrics, self._batcher.look)
         self._cores = SharedCores(len(devices), settings.threads)
-        self._children: dict[str, Child] = {}
+        self._children: dict[str, AsyncChild] = {}
         self._loops: list[asyncio.Task[None]] = []
         self._users = 0
         self._unused = asyncio.Event()
@@ -78,7 +89,7 @@ class Deployment:
         """Starts all processes, and returns when the model is warm.
 
         Raises:
-            ModelError, RuntimeError, ConnectionError: it does not start; nothing is left behind.
+            ModelError, ChildError, ConnectionError: it does not start; nothing is left behind.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -94,11 +105,12 @@ class Deployment:
         self._loops = [asyncio.create_task(self._run(device)) for device in self._devices]
         return self
 
-    def _learn(self, child: Child) -> None:
-        if self.info and self.info["sha256"] != child.hello["info"]["sha256"]:
+    def _learn(self, child: AsyncChild) -> None:
+        hello: ModelReady = child.hello
+        if self.info and self.info["sha256"] != hello.info["sha256"]:
             log("warning", "the folder holds other weights than before", model=self.name)
-        self.info = child.hello["info"]
-        self.codes_depend_on_batch = child.hello["codes_depend_on_batch"]
+        self.info = hello.info
+        self.codes_depend_on_batch = hello.codes_depend_on_batch
 
     async def stop(self) -> None:
         """Ends all processes at once."""
@@ -201,28 +213,29 @@ class Deployment:
 
     async def _run_batch(self, device: str, batch: list[Entry]) -> None:
         operation, codes = batch[0].operation, batch[0].codes
-        request = {"op": operation, "threads": self._cores.take(self._batcher.more)}
+        threads = self._cores.take(self._batcher.more)
         try:
             channel = self._children[device].channel
             async with asyncio.timeout(self._settings.model_seconds):
                 if codes is not None:
-                    await channel.send({**request, "shape": codes.shape}, codes.tobytes())
+                    await channel.send(Dequantize(threads, list(codes.shape)), codes.tobytes())
                 else:
-                    await channel.send({**request, "slots": [entry.slot for entry in batch]})
+                    slots = [entry.slot for entry in batch if entry.slot is not None]
+                    await channel.send(Forward("codes" if operation == "codes" else "embed", threads, slots))
                 answer, payload = await channel.receive()
         finally:
             self._cores.give_back()
-        if "shape" not in answer:
-            error, where = str(answer.get("error")), str(answer.get("traceback"))
-            log("error", "a batch failed", model=self.name, error=error)
+        if isinstance(answer, Fault):
+            log("error", "a batch failed", model=self.name, error=answer.message)
             for entry in batch:
-                self._batcher.finish(entry, _no_memory() if answer.get("memory") else FaultError(error, where))
+                error = _no_memory() if answer.memory else FaultError(answer.message, answer.traceback)
+                self._batcher.finish(entry, error)
             return
-        self._metrics.model_seconds.labels(self.name, operation).observe(answer["seconds"])
+        self._metrics.model_seconds.labels(self.name, operation).observe(answer.seconds)
         self._metrics.clips.labels(self.name, operation).inc(len(batch))
-        array = np.frombuffer(payload, np.int32 if operation == "codes" else np.float32).reshape(answer["shape"])
+        array = array_of(answer, payload)
         for entry, result in zip(batch, [array] if codes is not None else array, strict=True):
-            entry.model_seconds = answer["seconds"]
+            entry.model_seconds = answer.seconds
             self._batcher.finish(entry, result)
 
     async def _replace(self, device: str) -> None:
@@ -243,30 +256,40 @@ class Deployment:
 
     async def _start_model(self, device: str) -> None:
         settings = self._settings
-        config = {
-            "folder": str(self.folder.resolve()),
-            "device": device.partition("#")[0],
-            "dtype": settings.dtype,
-            "threads": self._cores.counts,
-            "compile": settings.compile,
-            "max_batch": settings.max_batch,
-            "shape": self._shape,
-            "slot_bytes": self.arena.slot_bytes,
-            "log_level": settings.log_level,
-        }
-        name = f"model-{self.name}-{device}"
-        self._children[device] = await Child.start(model_worker.main, name, self.arena.fd, config, MAX_ANSWER)
+        begin = BeginModel(
+            version=VERSION,
+            folder=str(self.folder.resolve()),
+            device=device.partition("#")[0],
+            dtype=settings.dtype,
+            threads=self._cores.counts,
+            compile=settings.compile,
+            max_batch=settings.max_batch,
+            shape=self._shape,
+            slot_bytes=self.arena.slot_bytes,
+            log_level=settings.log_level,
+        )
+        self._children[device] = await AsyncChild.start(
+            model_worker.main,
+            f"model-{self.name}-{device}",
+            begin,
+            memory=self.arena.fd,
+            allowed=FromModel,
+            max_payload=MAX_ANSWER,
+        )
 
-    def _decoder_config(self) -> dict[str, Any]:
-        return {
-            "modality": self.config.modality,
-            "settings": self.modality.settings.model_dump(mode="json"),
-            "limits": self.modality.limits.model_dump(mode="json"),
-            "memory_bytes": self._settings.decode_memory_mb << 20,
-            "seconds": self._settings.decode_seconds,
-            "slot_bytes": 4 * math.prod(self._shape),
-            "log_level": self._settings.log_level,
-        }
+    def _begin_decoder(self) -> BeginDecoder:
+        settings = self._settings
+        return BeginDecoder(
+            version=VERSION,
+            modality=self.config.modality,
+            settings=self.modality.settings.model_dump(mode="json"),
+            limits=self.modality.limits.model_dump(mode="json"),
+            memory_bytes=settings.decode_memory_mb << 20,
+            seconds=settings.decode_seconds,
+            cpu_seconds=settings.decode_cpu_seconds,
+            slot_bytes=self.arena.slot_bytes,
+            log_level=settings.log_level,
+        )
 
 
 def _gone() -> EngineError:

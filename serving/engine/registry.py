@@ -13,7 +13,7 @@ from serving.engine.errors import ChoiceError, EmptyError, ReloadError, UnknownK
 from serving.logs import log
 from serving.metrics import Metrics
 from serving.settings import ServeSettings
-from serving.workers.processes import start_template
+from serving.workers.template import start_workers_template
 
 SPECIFIC = ("image", "video")
 """Modalities asked first, for a film has sound: what both film and sound could be is tried as a film."""
@@ -44,9 +44,9 @@ class Registry:
         """Starts all models.
 
         Raises:
-            RecipeError: two models of one name. ModelError, RuntimeError, ConnectionError: one does not start.
+            RecipeError: two models of one name. ModelError, ChildError, ConnectionError: one does not start.
         """
-        start_template()
+        start_workers_template()
         devices = devices_of(self._settings)
         made = [
             Deployment(folder, self._settings, self._metrics, devices, alias)

@@ -1,15 +1,15 @@
 """Shared memory for clips: a decoding process writes a clip once, the model process reads it there.
 
-The arena is an anonymous file (memfd), so it needs no room in /dev/shm and vanishes with the last process. It is cut
-into slots of one clip each; only the service hands slots out, so a slot is never lost with a process that died.
+It is cut into slots of one clip each. Only the service hands slots out: none is lost with a process that died.
 """
 
 from __future__ import annotations
 
 import asyncio
-import mmap
 import os
 from collections import deque
+
+from bridle.processes import memory
 
 
 class Arena:
@@ -22,8 +22,7 @@ class Arena:
     def __init__(self, slots: int, slot_bytes: int) -> None:
         self.slots = slots
         self.slot_bytes = slot_bytes
-        self.fd = os.memfd_create("bridle-clips")
-        os.ftruncate(self.fd, slots * slot_bytes)
+        self.fd = memory.create("bridle-clips", slots * slot_bytes)
         self._free = list(range(slots))
         self._waiting: deque[asyncio.Future[int]] = deque()
 
@@ -57,10 +56,3 @@ class Arena:
     def close(self) -> None:
         """Closes the service's handle."""
         os.close(self.fd)
-
-
-def attach(fd: int) -> mmap.mmap:
-    """The arena's memory in a process that was given its handle."""
-    memory = mmap.mmap(fd, os.fstat(fd).st_size)
-    os.close(fd)
-    return memory

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import socket
 import traceback
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +18,29 @@ from PIL import Image
 
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Clip, ClipError, Limits, Modality, TooLargeError, UndecodableError
-from bridle.modalities.isolation import confine, leave_network
+from bridle.processes.confinement import confine, leave_network, settle_in, time_limit
+from bridle.processes.framing import Line
+from bridle.processes.memory import take_over
+from bridle.processes.messages import (
+    VERSION,
+    BeginDecoder,
+    Decode,
+    Decoded,
+    Draw,
+    Drawn,
+    End,
+    Message,
+    Need,
+    Ready,
+    Refused,
+    Slot,
+    ToDecoder,
+    fault_of,
+)
 from serving.logs import take_over_logging
-from serving.workers import wire
-from serving.workers.arena import attach
-from serving.workers.processes import receive_file, settle_in
 
+MAX_FILE = 1 << 40
+"""The service bounds what it sends; this is only a sane number."""
 PICTURE_WINDOWS = 16
 """Windows in a picture for people at most."""
 PICTURE_HEIGHT = 160
@@ -35,82 +50,76 @@ PICTURE_HEIGHT = 160
 def main(sock: socket.socket) -> None:
     """Serves jobs until the service is gone. The first message is the configuration."""
     settle_in("bridle-decode")
-    memory = attach(receive_file(sock))
-    config, _ = wire.receive(sock)
-    take_over_logging(config["log_level"])
+    memory = take_over(sock)
+    line = Line(sock, ToDecoder, MAX_FILE)
+    begin, _ = line.receive()
+    take_over_logging(begin.log_level)
     os.chdir("/")
     torch.set_num_threads(1)
-    settings = config["settings"] | ({"isolate": False} if "isolate" in config["settings"] else {})  # we are isolated
-    modality = build_modality(config["modality"], settings, Limits.model_validate(config["limits"]))
+    settings = begin.settings | ({"isolate": False} if "isolate" in begin.settings else {})  # we are isolated
+    modality = build_modality(begin.modality, settings, Limits.model_validate(begin.limits))
     offline = leave_network()
-    confine(config["memory_bytes"])
-    wire.send(sock, {"ready": True, "offline": offline})
-    slots = np.frombuffer(memory, np.float32).reshape(-1, config["slot_bytes"] // 4)
-    worker = _Worker(sock, modality, slots, config["seconds"])
+    confine(begin.memory_bytes)
+    line.send(Ready(VERSION, offline))
+    slots = np.frombuffer(memory, np.float32).reshape(-1, begin.slot_bytes // 4)
+    worker = _Worker(line, modality, slots, begin)
     try:
         while True:
-            header, data = wire.receive(sock)
-            if "op" in header:  # what else arrives here was meant for a job that has just ended
-                worker.job(header, bytes(data))
+            message, data = line.receive()
+            if isinstance(message, Decode | Draw):  # what else arrives here was meant for a job that has just ended
+                worker.job(message, bytes(data))
     except (EOFError, ConnectionError):
         os._exit(0)
 
 
 class _Worker:
-    def __init__(self, sock: socket.socket, modality: Modality, slots: np.ndarray, seconds: float) -> None:
-        self._sock = sock
+    def __init__(self, line: Line, modality: Modality, slots: np.ndarray, begin: BeginDecoder) -> None:
+        self._line = line
         self._modality = modality
         self._slots = slots
-        self._seconds = seconds
+        self._limits = (begin.seconds, begin.cpu_seconds)
 
-    def job(self, header: dict[str, Any], data: bytes) -> None:
-        self._alarm(self._seconds)
+    def job(self, message: Decode | Draw, data: bytes) -> None:
+        time_limit(*self._limits)
         payload = b""
+        last: Message = End()
         try:
-            if header["op"] == "picture":
-                answer, payload = _picture(self._modality, data)
+            if isinstance(message, Draw):
+                last, payload = _picture(self._modality, data)
             else:
-                self._windows(data, header["slot"])
-                answer = {"done": True}
-        except (EOFError, ConnectionError):
-            raise
+                self._windows(data, message.slot)
         except ClipError as error:
-            answer = {"error": type(error).__name__, "message": str(error)[:1000]}
+            last = Refused(type(error).__name__, str(error)[:1000])
         except MemoryError:
             told = "decoding needs more memory than decode_memory_mb; send a smaller file"
-            answer = {"error": TooLargeError.__name__, "message": told}
+            last = Refused(TooLargeError.__name__, told)
+        except (EOFError, ConnectionError):
+            raise
         except Exception as error:  # not the file's: a decoder says what is wrong with a file by a ClipError
-            told = f"{type(error).__name__}: {error}"[:1000]
-            answer = {"error": "fault", "message": told, "traceback": traceback.format_exc()[-8000:]}
-        self._alarm(0)
-        wire.send(self._sock, answer, payload)
+            last = fault_of(error, traceback.format_exc())
+        time_limit(0)
+        self._line.send(last, payload)
 
-    def _windows(self, data: bytes, slot: int | None) -> None:
+    def _windows(self, data: bytes, first: int) -> None:
+        slot: int | None = first
         for clip in self._modality.windows(data):
             if slot is None:
-                self._alarm(0)  # waiting for a place is not the file's fault
-                wire.send(self._sock, {"need": True})
-                answer, _ = wire.receive(self._sock)
-                if "slot" not in answer:
+                time_limit(0)  # waiting for a place is not the file's fault
+                self._line.send(Need())
+                answer, _ = self._line.receive()
+                if not isinstance(answer, Slot):
                     return
-                slot = int(answer["slot"])
-                self._alarm(self._seconds)
+                slot = answer.slot
+                time_limit(*self._limits)
             values = clip.values.numpy().reshape(-1)
             if not np.isfinite(values).all():
                 raise UndecodableError("the content has values that are not finite")
             self._slots[slot, : len(values)] = values
-            wire.send(
-                self._sock,
-                {"slot": slot, "valid": clip.valid, "start_s": clip.start_s, "duration_s": clip.duration_s},
-            )
+            self._line.send(Decoded(slot, clip.valid, clip.start_s, clip.duration_s))
             slot = None
 
-    @staticmethod
-    def _alarm(seconds: float) -> None:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
 
-
-def _picture(modality: Modality, data: bytes) -> tuple[dict[str, Any], bytes]:
+def _picture(modality: Modality, data: bytes) -> tuple[Drawn, bytes]:
     """The first windows for people: one PNG, windows (and the frames of a film) side by side."""
     strips: list[np.ndarray] = []
     frames = steps = 0
@@ -129,7 +138,7 @@ def _picture(modality: Modality, data: bytes) -> tuple[dict[str, Any], bytes]:
     strip = np.concatenate(strips, axis=1)
     file = io.BytesIO()
     Image.fromarray(strip).save(file, "PNG", compress_level=1)
-    return {"done": True, "frames": frames or 1, "steps": steps}, file.getvalue()
+    return Drawn(frames or 1, steps), file.getvalue()
 
 
 def _first(clips: Iterator[Clip], count: int) -> Iterator[Clip]:

@@ -7,7 +7,8 @@ import socket
 import threading
 import time
 import traceback
-from typing import Any
+from mmap import mmap
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,44 +17,59 @@ from tqdm import tqdm
 
 from bridle.model_folder import BridleModel, load
 from bridle.modeling.encoder import Encoder
+from bridle.processes.confinement import settle_in
+from bridle.processes.framing import Buffer, Line
+from bridle.processes.memory import take_over
+from bridle.processes.messages import (
+    VERSION,
+    BeginModel,
+    Dequantize,
+    Fault,
+    Forward,
+    Message,
+    ModelReady,
+    Result,
+    ToModel,
+    fault_of,
+)
 from serving.logs import take_over_logging
-from serving.workers import wire
-from serving.workers.arena import attach
-from serving.workers.processes import receive_file, settle_in
+
+MAX_CODES_BYTES = 1 << 31
+"""Bytes of codes to dequantize at once."""
 
 
 def main(sock: socket.socket) -> None:
     """Loads, warms up, then serves batches until the service is gone. The first message is the configuration."""
     settle_in("bridle-model")
-    memory = attach(receive_file(sock))
-    config, _ = wire.receive(sock)
-    take_over_logging(config["log_level"])
+    memory = take_over(sock)
+    line = Line(sock, ToModel, MAX_CODES_BYTES)
+    begin, _ = line.receive()
+    take_over_logging(begin.log_level)
     try:
-        worker = _Worker(config, memory)
+        worker = _Worker(begin, memory)
         hello = worker.warm_up()
-    except (ValueError, OSError, RuntimeError) as error:
-        wire.send(sock, {"error": " ".join(str(error).split())[:2000]})
+    except (ValueError, OSError, RuntimeError) as error:  # the folder or the device, not a request
+        line.send(Fault(" ".join(str(error).split())[:2000], "", memory=False))
         return
-    wire.send(sock, hello)
+    line.send(hello)
     try:
         while True:
-            header, payload = wire.receive(sock)
-            wire.send(sock, *worker.answer(header, payload))
+            line.send(*worker.answer(*line.receive()))
     except (EOFError, ConnectionError):
         os._exit(0)
 
 
 class _Worker:
-    def __init__(self, config: dict[str, Any], memory: Any) -> None:
-        self._on_cpu = torch.device(config["device"]).type == "cpu"
-        self._thread_counts: list[int] = config["threads"]
+    def __init__(self, begin: BeginModel, memory: mmap) -> None:
+        self._on_cpu = torch.device(begin.device).type == "cpu"
+        self._thread_counts = begin.threads
         self._set_threads(self._thread_counts[0])
-        self._model: BridleModel = load(config["folder"], device=config["device"], dtype=config["dtype"])
-        self._shape: list[int] = config["shape"]
+        self._model: BridleModel = load(begin.folder, device=begin.device, dtype=begin.dtype)
+        self._shape = begin.shape
         slots = torch.frombuffer(memory, dtype=torch.float32)
-        self._slots = slots.view(-1, config["slot_bytes"] // 4)[:, : int(np.prod(self._shape))]
-        self._max_batch: int = config["max_batch"]
-        if config["compile"]:
+        self._slots = slots.view(-1, begin.slot_bytes // 4)[:, : int(np.prod(self._shape))]
+        self._max_batch = begin.max_batch
+        if begin.compile:
             self._compile()
 
     def _compile(self) -> None:
@@ -63,7 +79,7 @@ class _Worker:
             if isinstance(module, Encoder):
                 module.compile(dynamic=True)
 
-    def warm_up(self) -> dict[str, Any]:
+    def warm_up(self) -> ModelReady:
         """Runs the smallest and largest batch at each number of threads, and compares a clip's codes."""
         generator = torch.Generator().manual_seed(0)
         rows = torch.randn([self._max_batch, self._slots.shape[1]], generator=generator)
@@ -77,12 +93,8 @@ class _Worker:
             found += [alone, self._model.codes(clips)[: len(alone)]]
             self._model.embed(clips)
             self._model.embed(singles[0])
-        return {
-            "ready": True,
-            "info": self._model.info,
-            "positions": found[0].shape[1],
-            "codes_depend_on_batch": not all(torch.equal(found[0], codes) for codes in found),
-        }
+        same = all(torch.equal(found[0], codes) for codes in found)
+        return ModelReady(VERSION, self._model.info, codes_depend_on_batch=not same)
 
     def _clips(self, rows: Tensor, chosen: list[int]) -> Tensor:
         return rows[chosen].view(-1, *self._shape)
@@ -91,27 +103,22 @@ class _Worker:
         if self._on_cpu:
             torch.set_num_threads(threads)
 
-    def answer(self, header: dict[str, Any], payload: bytearray) -> tuple[dict[str, Any], memoryview]:
+    def answer(self, message: Forward | Dequantize, payload: bytearray) -> tuple[Message, Buffer]:
         """One batch; a failure is an answer too, for it concerns this batch only."""
         began = time.perf_counter()
         try:
-            array = self._run(header, payload)
+            array = np.ascontiguousarray(self._run(message, payload).cpu().numpy())
         except Exception as error:  # of this batch, whatever it is: the process goes on
-            memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            told = " ".join(f"{type(error).__name__}: {error}".split())[:2000]
-            return {"error": told, "memory": memory, "traceback": traceback.format_exc()[-8000:]}, memoryview(b"")
-        return {"shape": array.shape, "seconds": time.perf_counter() - began}, array.reshape(-1).view(np.uint8).data
+            return fault_of(error, traceback.format_exc()), b""
+        kind: Literal["int32", "float32"] = "int32" if array.dtype == np.int32 else "float32"
+        result = Result(list(array.shape), kind, time.perf_counter() - began)
+        return result, array.reshape(-1).view(np.uint8).data
 
-    def _run(self, header: dict[str, Any], payload: bytearray) -> np.ndarray:
-        self._set_threads(header["threads"])
-        if header["op"] == "dequantize":
-            codes = torch.frombuffer(payload, dtype=torch.int64).view(header["shape"])
-            return _plain(self._model.dequantize(codes))
-        clips = self._clips(self._slots, header["slots"])
-        if header["op"] == "embed":
-            return _plain(self._model.embed(clips))
-        return _plain(self._model.codes(clips).to(torch.int32))
-
-
-def _plain(tensor: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(tensor.cpu().numpy())
+    def _run(self, message: Forward | Dequantize, payload: bytearray) -> Tensor:
+        self._set_threads(message.threads)
+        if isinstance(message, Dequantize):
+            return self._model.dequantize(torch.frombuffer(payload, dtype=torch.int64).view(message.shape))
+        clips = self._clips(self._slots, message.slots)
+        if message.operation == "embed":
+            return self._model.embed(clips)
+        return self._model.codes(clips).to(torch.int32)

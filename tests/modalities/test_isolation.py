@@ -22,6 +22,7 @@ from PIL import Image
 
 from bridle.modalities import build_modality, isolation
 from bridle.modalities.clip import TooLargeError, UndecodableError, WrongKindError
+from bridle.processes.child import Child
 
 TARGET = "decoder_faults:answers"
 
@@ -63,12 +64,11 @@ def test_crash_is_an_error_of_the_file_and_the_next_file_is_decoded(fault: str, 
 
 @pytest.mark.parametrize("fault", ["hang in C without signals", "hang after one"])
 def test_hang_is_ended_at_the_time_limit(fault: str) -> None:
-    child = isolation.Child(TARGET, seconds=0.7, memory_bytes=1 << 30)
-    isolation._idle.setdefault((TARGET, 0.7, 1 << 30, ()), []).append(child)  # so that its start is not timed below
+    pid = int(ask("echo", seconds=0.7, answers=1)[0][0]["pid"])  # so that its start is not timed below
     begin = time.monotonic()
     with pytest.raises(TooLargeError, match=r"limit of 0\.7 s"):
         ask(fault, seconds=0.7)
-    assert time.monotonic() - begin < 5 and not running(child.pid)
+    assert time.monotonic() - begin < 5 and not running(pid)
 
 
 def test_memory_bomb_is_refused_within_the_bound_and_the_process_goes_on() -> None:
@@ -115,7 +115,7 @@ def test_child_writes_no_file_sees_no_secret_and_no_open_file_of_ours(
 
 
 def test_child_reaches_no_network_where_the_kernel_lets_it_leave() -> None:
-    child = isolation.Child(TARGET, seconds=20.0, memory_bytes=1 << 30)
+    child = Child(TARGET, seconds=20.0, memory_bytes=1 << 30)
     with socket.create_server(("127.0.0.1", 0)) as server:
         ((header, _),) = child.answers(b"", {"fault": "network", "port": server.getsockname()[1]})
     child.close()
@@ -150,8 +150,8 @@ def test_forked_workers_start_their_own_process_and_leave_ours_alone() -> None:
 def test_no_process_outlives_a_killed_parent() -> None:
     code = (
         "import sys, time; sys.path[:0] = eval(sys.argv[1])\n"
-        "from bridle.modalities import isolation\n"
-        "child = isolation.Child('decoder_faults:answers', seconds=9.0, memory_bytes=1 << 30)\n"
+        "from bridle.processes.child import Child\n"
+        "child = Child('decoder_faults:answers', seconds=9.0, memory_bytes=1 << 30)\n"
         "print(child.pid, flush=True); time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, repr(sys.path)], stdout=subprocess.PIPE, text=True)

@@ -13,6 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Send
 
 from bridle.modalities.clip import ClipError, WrongKindError
+from bridle.processes.messages import Drawn
 from bridle.tokens.layouts import Vocabulary, to_text
 from serving.engine.deployment import Deployment
 from serving.engine.errors import DeadlineError, EngineError, FileError
@@ -139,12 +140,12 @@ async def picture(request: Request, service: TheService, parameters: Annotated[P
         if len(files) != 1:
             raise ProblemError("wrong-parameter", f"{len(files)} files, expected one", clip=1)
         (file, models), *_ = files
-        header, png = (await while_wanted(request, each_clip([_picture(models, file)]), job.deadline))[0]
-        measures = {"X-Bridle-Frames": str(int(header["frames"])), "X-Bridle-Steps": str(int(header["steps"]))}
+        drawn, png = (await while_wanted(request, each_clip([_picture(models, file)]), job.deadline))[0]
+        measures = {"X-Bridle-Frames": str(drawn.frames), "X-Bridle-Steps": str(drawn.steps)}
         return Response(png, headers=measures, media_type="image/png")
 
 
-async def _picture(models: list[Deployment], file: bytearray) -> tuple[dict[str, Any], bytes]:
+async def _picture(models: list[Deployment], file: bytearray) -> tuple[Drawn, bytes]:
     for model in models[:-1]:
         with contextlib.suppress(WrongKindError), model.used():
             return await model.pool.picture(file)

@@ -1,0 +1,28 @@
+"""Memory that two processes share: an anonymous file (memfd), which needs no room in /dev/shm and vanishes with its
+last holder. It travels as a descriptor over a socket."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+
+
+def create(name: str, size: int) -> int:
+    """A descriptor of so many bytes of memory."""
+    descriptor = os.memfd_create(name)
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
+def hand_over(sock: socket.socket, descriptor: int) -> None:
+    """Sends the memory to the process at the other end."""
+    socket.send_fds(sock, [b"f"], [descriptor])
+
+
+def take_over(sock: socket.socket) -> mmap.mmap:
+    """The memory that `hand_over` sent."""
+    _, (descriptor,), _, _ = socket.recv_fds(sock, 1, 1)
+    memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+    os.close(descriptor)
+    return memory
