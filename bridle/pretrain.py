@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
     """Takes the run folder's lock, meets the other ranks and runs."""
     from bridle.config import load_recipe
-    from bridle.processes.template import start_template
     from bridle.modalities import REGISTRY
+    from bridle.processes.template import start_template
     from bridle.training.engine import read_ds_config
     from bridle.training.lock import LocalLockFile, RunLock
     from bridle.training.ranks import join, leave

@@ -11,16 +11,25 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from bridle.processes.confinement import settle_in
 from bridle.processes.errors import ChildError, ProcessGoneError
-from bridle.processes.framing import Channel
-from bridle.processes.memory import hand_over
+from bridle.processes.framing import Channel, Line
+from bridle.processes.memory import Shared, hand_over, take_over
 from bridle.processes.messages import VERSION, Fault, Message, ModelReady, Ready
 from bridle.processes.template import CONTEXT
 
 START_SECONDS = 300.0
 """Time for a process to start and warm up."""
+MAX_TO_CHILD = 1 << 40
+"""Bytes of a payload to a child: we bound what we send; this is only a sane number."""
 
-Main = Callable[[socket.socket], None]
+Main = Callable[[Line, Shared], None]
+
+
+def _enter(main: Main, title: str, understood: Any, sock: socket.socket) -> None:
+    settle_in(title)
+    memory = take_over(sock)
+    main(Line(sock, understood, MAX_TO_CHILD), memory)
 
 
 class AsyncChild:
@@ -36,17 +45,26 @@ class AsyncChild:
 
     @classmethod
     async def start(
-        cls, main: Main, name: str, begin: Message, *, memory: int, allowed: Any, max_payload: int
+        cls,
+        main: Main,
+        title: str,
+        begin: Message,
+        *,
+        memory: int,
+        understood: Any,
+        allowed: Any,
+        max_payload: int,
     ) -> AsyncChild:
-        """Starts `main(socket)` in a process, hands it shared memory and its first message, waits until it is ready.
+        """Starts `main(line, memory)` in a process, sends its first message, waits until it is ready.
 
-        allowed: union of the messages it may send; max_payload: bytes of a payload of its.
+        title: what it is seen as; memory: descriptor of what it shares with us; understood: union of the messages that
+        it takes; allowed: of those it may send; max_payload: bytes of a payload of its.
 
         Raises:
             ProcessGoneError: it ended before it was ready. ChildError: it said why it cannot start.
         """
         ours, theirs = socket.socketpair()
-        process = CONTEXT.Process(target=main, args=(theirs,), name=name, daemon=True)
+        process = CONTEXT.Process(target=_enter, args=(main, title, understood, theirs), name=title, daemon=True)
         try:
             await asyncio.to_thread(process.start)
         except BaseException:

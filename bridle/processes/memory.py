@@ -7,6 +7,8 @@ import mmap
 import os
 import socket
 
+Shared = mmap.mmap
+
 
 def create(name: str, size: int) -> int:
     """A descriptor of so many bytes of memory."""
@@ -20,7 +22,7 @@ def hand_over(sock: socket.socket, descriptor: int) -> None:
     socket.send_fds(sock, [b"f"], [descriptor])
 
 
-def take_over(sock: socket.socket) -> mmap.mmap:
+def take_over(sock: socket.socket) -> Shared:
     """The memory that `hand_over` sent."""
     _, (descriptor,), _, _ = socket.recv_fds(sock, 1, 1)
     memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)

@@ -26,6 +26,7 @@ from bridle.processes.messages import (
     Need,
     Refused,
     Slot,
+    ToDecoder,
 )
 from serving.engine.errors import EngineError, FaultError, ProcessEndedError
 from serving.logs import log
@@ -204,9 +205,10 @@ class DecodePool:
     async def _new(self) -> _Worker:
         child = await AsyncChild.start(
             decode_worker.main,
-            f"decode-{self._name}",
+            "bridle-decode",
             self._begin,
             memory=self._arena.fd,
+            understood=ToDecoder,
             allowed=FromDecoder,
             max_payload=MAX_PICTURE,
         )

@@ -27,6 +27,7 @@ from bridle.processes.messages import (
     Forward,
     FromModel,
     ModelReady,
+    ToModel,
     array_of,
 )
 from serving.engine.batching import Array, Batcher, Entry
@@ -270,9 +271,10 @@ class Deployment:
         )
         self._children[device] = await AsyncChild.start(
             model_worker.main,
-            f"model-{self.name}-{device}",
+            "bridle-model",
             begin,
             memory=self.arena.fd,
+            understood=ToModel,
             allowed=FromModel,
             max_payload=MAX_ANSWER,
         )

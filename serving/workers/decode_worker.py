@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import socket
 import traceback
 from collections.abc import Iterator
 
@@ -18,9 +17,9 @@ from PIL import Image
 
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Clip, ClipError, Limits, Modality, TooLargeError, UndecodableError
-from bridle.processes.confinement import confine, leave_network, settle_in, time_limit
+from bridle.processes.confinement import confine, leave_network, time_limit
 from bridle.processes.framing import Line
-from bridle.processes.memory import take_over
+from bridle.processes.memory import Shared
 from bridle.processes.messages import (
     VERSION,
     BeginDecoder,
@@ -34,24 +33,18 @@ from bridle.processes.messages import (
     Ready,
     Refused,
     Slot,
-    ToDecoder,
     fault_of,
 )
 from serving.logs import take_over_logging
 
-MAX_FILE = 1 << 40
-"""The service bounds what it sends; this is only a sane number."""
 PICTURE_WINDOWS = 16
 """Windows in a picture for people at most."""
 PICTURE_HEIGHT = 160
 """Height of a film's frames in a picture for people."""
 
 
-def main(sock: socket.socket) -> None:
+def main(line: Line, memory: Shared) -> None:
     """Serves jobs until the service is gone. The first message is the configuration."""
-    settle_in("bridle-decode")
-    memory = take_over(sock)
-    line = Line(sock, ToDecoder, MAX_FILE)
     begin, _ = line.receive()
     take_over_logging(begin.log_level)
     os.chdir("/")

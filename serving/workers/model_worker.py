@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 import traceback
-from mmap import mmap
 from typing import Literal
 
 import numpy as np
@@ -17,9 +15,8 @@ from tqdm import tqdm
 
 from bridle.model_folder import BridleModel, load
 from bridle.modeling.encoder import Encoder
-from bridle.processes.confinement import settle_in
 from bridle.processes.framing import Buffer, Line
-from bridle.processes.memory import take_over
+from bridle.processes.memory import Shared
 from bridle.processes.messages import (
     VERSION,
     BeginModel,
@@ -29,20 +26,13 @@ from bridle.processes.messages import (
     Message,
     ModelReady,
     Result,
-    ToModel,
     fault_of,
 )
 from serving.logs import take_over_logging
 
-MAX_CODES_BYTES = 1 << 31
-"""Bytes of codes to dequantize at once."""
 
-
-def main(sock: socket.socket) -> None:
+def main(line: Line, memory: Shared) -> None:
     """Loads, warms up, then serves batches until the service is gone. The first message is the configuration."""
-    settle_in("bridle-model")
-    memory = take_over(sock)
-    line = Line(sock, ToModel, MAX_CODES_BYTES)
     begin, _ = line.receive()
     take_over_logging(begin.log_level)
     try:
@@ -60,7 +50,7 @@ def main(sock: socket.socket) -> None:
 
 
 class _Worker:
-    def __init__(self, begin: BeginModel, memory: mmap) -> None:
+    def __init__(self, begin: BeginModel, memory: Shared) -> None:
         self._on_cpu = torch.device(begin.device).type == "cpu"
         self._thread_counts = begin.threads
         self._set_threads(self._thread_counts[0])
