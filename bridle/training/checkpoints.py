@@ -3,30 +3,32 @@
 ``checkpoints/phase-1-encoder/step-00000100/``: ``model.safetensors`` (float32 master weights, and the buffers,
 codebooks among them), ``optimizer.safetensors`` (Adam's moments), ``state.json``.
 ``checkpoints/phase-1-encoder/finished/``: one safetensors file per component and ``state.json``. Each folder appears
-whole or not at all. Nothing depends on the ZeRO stage or the number of ranks.
+whole or not at all, with a ``manifest.json`` that has a hash of every file. Only rank 0 reads and writes them.
+Nothing depends on the ZeRO stage or the number of ranks.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bridle.files import clear_disk_errors, read_json, whole_folder
-from bridle.training.optimizer_state import gather_state, restore_state
+from bridle.training.keeper import Keeper
+from bridle.training.manifest import CheckpointError, check_folder, write_manifest
+from bridle.training.optimizer_state import gather_state, restore_state, state_shapes
 from bridle.training.ranks import Ranks
+from bridle.training.shared_tensors import SharedTensors
 
-FORMAT = 1
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged or of another version."""
+FORMAT = 2
 
 
 @dataclass
@@ -52,12 +54,17 @@ class PhaseCheckpoints:
 
     def __init__(self, run: Path, index: int, kind: str, keep: int = 2) -> None:
         self.folder = run / "checkpoints" / f"phase-{index}-{kind}"
+        self.name = f"[{index} {kind}]"
         self.keep = keep
 
     @property
     def finished(self) -> Path:
         """Where the phase's result is, once it is done."""
         return self.folder / "finished"
+
+    def step(self, number: int) -> Path:
+        """Where the checkpoint after so many steps is."""
+        return self.folder / f"step-{number:08d}"
 
     def is_finished(self) -> bool:
         """Whether the phase has left its result."""
@@ -67,23 +74,24 @@ class PhaseCheckpoints:
         """Checkpoints inside the phase, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if (path / "state.json").is_file())
 
-    def save(self, engine: Any, position: Position, ranks: Ranks) -> Path:
-        """Writes a checkpoint; all ranks must call it. Older ones beyond `keep` go only after it stands.
+    def save(self, engine: Any, position: Position, keeper: Keeper) -> Path:
+        """Copies the state to rank 0's memory and has it written behind training; all ranks must call it.
 
-        Raises:
-            OSError: full disk and the like, on all ranks; older checkpoints are untouched.
+        Older checkpoints beyond `keep` go only after it stands, and stay if it cannot be written.
         """
-        weights, moments = gather_state(engine, keep=ranks.first)
-        target = self.folder / f"step-{position.step:08d}"
+        keeper.wait()  # one at a time, also in memory
+        weights, moments = gather_state(engine, keep=keeper.ranks.first)
+        buffers = cpu_buffers(engine.module) if keeper.ranks.first else {}
+        target, state = self.step(position.step), asdict(position)
 
         def write() -> None:
             with whole_folder(target) as aside:
-                save_file(weights | cpu_buffers(engine.module), aside / "model.safetensors")
+                save_file(weights | buffers, aside / "model.safetensors")
                 save_file(moments, aside / "optimizer.safetensors")
-                _write_state(aside, position)
+                _write_state(aside, state)
             self._remove(self.steps()[: -self.keep])
 
-        on_first_rank(write, ranks)
+        keeper.start(f"{self.name} checkpoint {target.name}", write)
         return target
 
     def _remove(self, steps: list[Path]) -> None:
@@ -91,27 +99,42 @@ class PhaseCheckpoints:
         for folder in [*steps, *self.folder.glob(".*.partial"), *self.folder.glob(".*.old")]:
             shutil.rmtree(folder)
 
-    def restore(self, engine: Any, folder: Path) -> Position:
-        """Puts a checkpoint into a freshly built engine whose module was already filled by `load_weights`."""
-        position = read_position(folder)
-        parameters = {name for name, _ in engine.module.named_parameters()}
-        weights = {
-            name: value for name, value in read_tensors(folder / "model.safetensors").items() if name in parameters
-        }
-        restore_state(engine, weights, read_tensors(folder / "optimizer.safetensors"), position.step)
+    def restore(self, engine: Any, step: int, ranks: Ranks) -> Position:
+        """Puts a checkpoint into a freshly built engine whose module was already filled; all ranks must call it.
+
+        Raises:
+            CheckpointError (OSError on the other ranks): it cannot be read, or does not fit.
+        """
+        folder = self.step(step)
+        position = Position(**ranks.on_first(lambda: asdict(read_position(folder))))
+        weight_shapes, moment_shapes = state_shapes(engine)
+        weights = SharedTensors(folder / "model.safetensors", weight_shapes, ranks, exactly=False)
+        moments = SharedTensors(folder / "optimizer.safetensors", moment_shapes, ranks)
+
+        def read(name: str, shape: torch.Size) -> Tensor:
+            return (moments if name in moment_shapes else weights).read(name, shape)
+
+        restore_state(engine, read, position.step)
         return position
 
-    def finish(self, parts: Mapping[str, Mapping[str, Tensor]], position: Position, ranks: Ranks) -> None:
-        """Writes the phase's result, component by component, and removes the checkpoints on the way to it."""
+    def finish(self, parts: Mapping[str, Mapping[str, Tensor]], position: Position, keeper: Keeper) -> None:
+        """Writes the phase's result, component by component, and waits for it; all ranks must call it.
+
+        The newest checkpoint stays: if the result is ever found damaged, it is made again from there.
+
+        Raises:
+            OSError: full disk and the like, on all ranks; the checkpoints stand.
+        """
 
         def write() -> None:
             with whole_folder(self.finished) as aside:
                 for name, tensors in parts.items():
                     save_file(dict(tensors), aside / f"{name}.safetensors")
-                _write_state(aside, position)
-            self._remove(self.steps())
+                _write_state(aside, asdict(position))
+            self._remove(self.steps()[:-1])
 
-        on_first_rank(write, ranks)
+        keeper.start(f"{self.name} result", write)
+        keeper.settle()
 
 
 def part_states(engine: Any, parts: Mapping[str, nn.Module], ranks: Ranks) -> dict[str, dict[str, Tensor]]:
@@ -124,39 +147,28 @@ def part_states(engine: Any, parts: Mapping[str, nn.Module], ranks: Ranks) -> di
     }
 
 
-def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Fills a module strictly.
-
-    Raises:
-        CheckpointError: missing, superfluous or misshapen weights.
-    """
-    try:
-        module.load_state_dict(dict(tensors), strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{source}: does not fit this recipe's model: {' '.join(str(error).split())}") from None
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Reads safetensors.
 
     Raises:
-        CheckpointError: missing or damaged; says what to remove.
+        CheckpointError: missing or damaged.
     """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); remove {path.parent} to go on from the one before"
-        ) from None
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
 def read_position(folder: Path) -> Position:
     """Reads a checkpoint's `state.json`.
 
     Raises:
-        CheckpointError: another format version or missing fields.
+        CheckpointError: missing, another format version or missing fields.
     """
-    raw = read_json(folder / "state.json")
+    try:
+        raw = read_json(folder / "state.json")
+    except OSError as error:
+        raise CheckpointError(f"{folder / 'state.json'}: cannot be read ({error.strerror or error})") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else raw
         raise CheckpointError(
@@ -168,31 +180,23 @@ def read_position(folder: Path) -> Position:
         raise CheckpointError(f"{folder / 'state.json'}: {error}") from None
 
 
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint or a result, by the file's name; none where every byte is the one written."""
+    try:
+        check_folder(folder)
+        read_position(folder)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def cpu_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Persistent buffers by name, copied to the CPU."""
     parameters = {name for name, _ in module.named_parameters()}
     return {k: v.detach().cpu().clone() for k, v in module.state_dict().items() if k not in parameters}
 
 
-def on_first_rank(write: Any, ranks: Ranks) -> None:
-    """Runs `write` on rank 0; if it fails, all ranks raise OSError, so that none waits for ever."""
-    import torch
-
-    failure: OSError | None = None
-    if ranks.first:
-        try:
-            write()
-        except OSError as error:
-            failure = error
-    failed = ranks.sum(torch.tensor([float(failure is not None)], device=ranks.device))
-    if failure is not None:
-        raise failure
-    if failed.item():
-        raise OSError("rank 0 could not write a checkpoint; its message says why")
-
-
-def _write_state(folder: Path, position: Position) -> None:
-    import json
-
+def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
     with clear_disk_errors(folder):
-        (folder / "state.json").write_text(json.dumps(asdict(position), indent=2) + "\n", encoding="utf-8")
+        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        write_manifest(folder)

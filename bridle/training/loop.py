@@ -15,6 +15,7 @@ from bridle.config import DataSettings, TrainedPhase, TrainSettings
 from bridle.data.stream import MicroBatch, Stream
 from bridle.training.checkpoints import PhaseCheckpoints, Position
 from bridle.training.engine import learning_rate, set_learning_rate, split_batch
+from bridle.training.keeper import Keeper
 from bridle.training.measures import Sums, evaluate, to_device, usage_counts, usage_shares
 from bridle.training.metrics import RunLog, Window, progress_line
 from bridle.training.phases import PhaseJob
@@ -68,6 +69,7 @@ class PhaseRun:
     data: DataSettings
     ranks: Ranks
     checkpoints: PhaseCheckpoints
+    keeper: Keeper
     run_log: RunLog | None
     stop: StopRequest
 
@@ -177,6 +179,7 @@ class PhaseRun:
             counts = usage_counts(self.job, self.ranks)
             position.window = {"sums": sums.state(self.ranks), "usage": counts.tolist()}
         self._checkpoint(position)
+        self.keeper.settle()
         raise StoppedError
 
     @property
@@ -201,12 +204,9 @@ class PhaseRun:
 
     def _checkpoint(self, position: Position) -> None:
         began = time.perf_counter()
-        folder = self.checkpoints.save(self.engine, position, self.ranks)
+        self.checkpoints.save(self.engine, position, self.keeper)
         if self.run_log is not None:
-            took = time.perf_counter() - began
-            self.run_log.prometheus.checkpoint.set(took)
-            self.run_log.prometheus.checkpointed.set_to_current_time()
-            log.info("%s checkpoint %s in %.1f s", self._name, folder.name, took)
+            self.run_log.prometheus.checkpoint_stall.set(time.perf_counter() - began)
 
     def _is_evaluated(self, step: int) -> bool:
         every = self.train.evaluate_every

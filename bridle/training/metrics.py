@@ -40,7 +40,14 @@ class PrometheusMetrics:
         self.corrupt = Counter(
             "bridle_train_corrupt_samples_total", "Clips that could not be read and were replaced.", registry=to
         )
-        self.checkpoint = Gauge("bridle_train_checkpoint_seconds", "Seconds the last checkpoint took.", registry=to)
+        self.checkpoint = Gauge(
+            "bridle_train_checkpoint_seconds", "Seconds that writing the last checkpoint took.", registry=to
+        )
+        self.checkpoint_stall = Gauge(
+            "bridle_train_checkpoint_stall_seconds",
+            "Seconds that training waited for the last checkpoint.",
+            registry=to,
+        )
         self.checkpointed = Gauge(
             "bridle_train_checkpoint_timestamp_seconds", "When the last checkpoint was written.", registry=to
         )

@@ -7,7 +7,7 @@ for the way back its setters do not pad uneven ZeRO-3 partitions, so that the pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -56,14 +56,30 @@ def create_state(engine: Any) -> None:
         link()
 
 
-def restore_state(engine: Any, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: int) -> None:
-    """Puts gathered state back into a freshly built engine, of any ZeRO stage and any number of ranks."""
+def restore_state(engine: Any, read: Callable[[str, torch.Size], Tensor], steps: int) -> None:
+    """Puts gathered state back into a freshly built engine, of any ZeRO stage and any number of ranks.
+
+    read: name (as `gather_state` gives them) and whole shape to a float32 tensor on the engine's device, the same on
+    all ranks; asked once for each tensor, so that no rank holds more than one.
+    """
     for state in _inner(engine).state.values():
         state["step"].fill_(float(steps))
     for name, parameter in _trained(engine.module):
-        _put(engine, parameter, weights[name], None)
+        shape = whole_shape(parameter)
+        _put(engine, parameter, read(name, shape), None)
         for key in MOMENTS:
-            _put(engine, parameter, moments[f"{name}|{key}"], key)
+            _put(engine, parameter, read(f"{name}|{key}", shape), key)
+
+
+def state_shapes(engine: Any) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
+    """Whole shapes of the weights and of the moments that `gather_state` gives, by name."""
+    weights = {name: whole_shape(parameter) for name, parameter in _trained(engine.module)}
+    return weights, {f"{name}|{key}": shape for name, shape in weights.items() for key in MOMENTS}
+
+
+def whole_shape(parameter: Any) -> torch.Size:
+    """A parameter's shape, also where ZeRO-3 keeps only a part of it here."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _inner(engine: Any) -> torch.optim.Optimizer:

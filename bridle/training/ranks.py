@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bridle.settings import RecipeError
+
+T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """With nccl a lost peer is only noticed by this; long enough for rank 0 to write a checkpoint meanwhile."""
 
@@ -54,6 +58,42 @@ class Ranks:
         """Overwrites `values` with rank 0's."""
         if self.world > 1:
             dist.broadcast(values, src=0)
+
+    def share_json(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank: anything that JSON holds."""
+        if self.world == 1:
+            return value
+        text = json.dumps(value).encode() if self.first else b""
+        size = torch.tensor([len(text)])
+        dist.broadcast(size, src=0, group=self.control)
+        data = (
+            torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.zeros(int(size), dtype=torch.uint8)
+        )
+        dist.broadcast(data, src=0, group=self.control)
+        return json.loads(data.numpy().tobytes())
+
+    def on_first(self, job: Callable[[], T]) -> T:
+        """Runs `job` on rank 0 and gives what it returns, which JSON must hold, to every rank.
+
+        Raises:
+            RecipeError: on all ranks, where rank 0's job raised one.
+            OSError: on the others, where it raised anything else, which rank 0 itself raises: none waits for ever.
+        """
+        if self.world == 1:
+            return job()
+        result, failure = None, None
+        if self.first:
+            try:
+                result = job()
+            except Exception as error:
+                failure = error
+        said = None if failure is None else [isinstance(failure, RecipeError), str(failure)]
+        said, result = self.share_json([said, result])
+        if failure is not None:
+            raise failure
+        if said is not None:
+            raise RecipeError(said[1]) if said[0] else OSError("rank 0 could not go on; its message says why")
+        return cast("T", result)
 
     def barrier(self) -> None:
         """Waits for all ranks."""

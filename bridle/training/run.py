@@ -6,6 +6,8 @@ import logging
 import platform
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,19 +31,22 @@ from bridle.training.checkpoints import (
     PhaseCheckpoints,
     Position,
     cpu_buffers,
-    load_weights,
     part_states,
     read_position,
     read_tensors,
 )
 from bridle.training.clips import MakeClip
 from bridle.training.engine import build_engine, resolve_ds_config, split_batch, uses_bf16
+from bridle.training.keeper import Keeper
 from bridle.training.lock import RunLock
 from bridle.training.loop import Length, PhaseRun
+from bridle.training.manifest import check_folder
 from bridle.training.measures import to_device
 from bridle.training.metrics import RunLog
 from bridle.training.phases import EncoderPhaseJob, PhaseJob, TokenizerPhaseJob
 from bridle.training.ranks import Ranks
+from bridle.training.shared_tensors import fill
+from bridle.training.standing import Standing, find_standing
 from bridle.training.stopping import StoppedError, StopRequest
 
 log = logging.getLogger("bridle")
@@ -79,7 +84,7 @@ class PretrainingRun:
         self.components = Components(recipe.model, patch_shape(self.modality))
         self.shards = self._open(recipe.data.mixture)
         self.heldout = self._open([DataSource(shards=recipe.data.heldout)]) if recipe.data.heldout else None
-        check_same_recipe(folder, recipe)
+        ranks.on_first(lambda: check_same_recipe(folder, recipe))
 
     def run(self) -> None:
         """Trains whatever is not yet trained and leaves `models/final`.
@@ -87,26 +92,26 @@ class PretrainingRun:
         Raises:
             StoppedError: asked to stop; whatever took long is saved, and the same command goes on from there.
         """
-        self.ranks.barrier()
-        run_log = None
+        standing, run_log = self._find_standing(), None
+        self.ranks.on_first(self._describe)
         if self.ranks.first:
-            self._describe()
             run_log = RunLog(self.folder, self.recipe.train.prometheus_port)
+            run_log.prometheus.alarms.labels("damaged_checkpoint").inc(standing.damaged)
             self.lock.beaten = run_log.prometheus.beaten
+        keeper = Keeper(self.ranks, run_log.prometheus if run_log else None)
         try:
             for index, phase in enumerate(self.recipe.phases):
-                checkpoints = self._checkpoints(index)
-                finished = checkpoints.is_finished()
                 self._stop_if_asked()
-                if not finished:
-                    if isinstance(phase, ColdStartPhase):
-                        self._cold_start(index, checkpoints)
-                    else:
-                        self._train(index, phase, checkpoints, run_log)
+                if isinstance(phase, ColdStartPhase) and index >= standing.phase:
+                    self._cold_start(index, keeper)
+                elif not isinstance(phase, ColdStartPhase) and index >= standing.phase:
+                    step = standing.step if index == standing.phase else None
+                    self._train(index, phase, step, run_log, keeper)
                 if isinstance(phase, EncoderPhase):
-                    self._export(index)
+                    self.ranks.on_first(partial(self._export, index, anew=index >= standing.phase))
                 self.ranks.barrier()
         finally:
+            keeper.close()
             if run_log is not None:
                 run_log.close()
 
@@ -114,6 +119,12 @@ class PretrainingRun:
         """All ranks must call it; for places where nothing is lost by stopping."""
         if self.ranks.vote(self.stop.asked).passed():
             raise StoppedError
+
+    def _find_standing(self) -> Standing:
+        """From rank 0's disk, which alone holds the run."""
+        kinds = [phase.kind for phase in self.recipe.phases]
+        found = self.ranks.on_first(lambda: asdict(find_standing(self.folder, kinds)))
+        return Standing(**found)
 
     def _open(self, sources: list[DataSource]) -> ShardSet:
         data = self.recipe.data
@@ -149,11 +160,11 @@ class PretrainingRun:
         make = MakeClip(self.modality, self.recipe.mask if masked else None, augment=False)
         return Stream(self.heldout, make, seed=self.recipe.seed, block=1, window=1, shuffle=False)
 
-    def _cold_start(self, index: int, checkpoints: PhaseCheckpoints) -> None:
+    def _cold_start(self, index: int, keeper: Keeper) -> None:
         tokenizer = self.components.cold_start_tokenizer(self._seed(index, 1))
         self._initialise(tokenizer, index)
         state = {"tokenizer": cpu_state(tokenizer)}
-        checkpoints.finish(state, Position(samples=self.recipe.train.batch_size), self.ranks)
+        self._checkpoints(index).finish(state, Position(samples=self.recipe.train.batch_size), keeper)
         if self.ranks.first:
             log.info("[%d cold_start] random projection, codebooks from the first batch", index)
 
@@ -184,18 +195,20 @@ class PretrainingRun:
         self,
         index: int,
         phase: EncoderPhase | TokenizerPhase,
-        checkpoints: PhaseCheckpoints,
+        step: int | None,
         run_log: RunLog | None,
+        keeper: Keeper,
     ) -> None:
-        begun = checkpoints.steps()
-        job = self._job(index, phase, fresh=not begun)
+        """Trains one phase, from its checkpoint after `step` steps where there is one."""
+        checkpoints = self._checkpoints(index)
+        job = self._job(index, phase, fresh=step is None)
         position = Position()
-        if begun:
-            load_weights(job.module, read_tensors(begun[-1] / "model.safetensors"), begun[-1])
+        if step is not None:
+            fill(job.module, checkpoints.step(step) / "model.safetensors", self.ranks)
         sizes = ", ".join(f"{name} {parameter_count(part) / 1e6:.2f} M" for name, part in job.parts.items())
         engine = build_engine(job.module, self.ds_config, self.recipe.train, phase.lr)
-        if begun:
-            position = checkpoints.restore(engine, begun[-1])
+        if step is not None:
+            position = checkpoints.restore(engine, step, self.ranks)
         if run_log is not None:
             run_log.forget_after(index, position.step)
             log.info("[%d %s] %s; from step %d", index, job.kind, sizes, position.step)
@@ -204,9 +217,9 @@ class PretrainingRun:
         length = Length.of(phase, float(stream.order.samples_per_epoch), self.recipe.train.batch_size)
         position = PhaseRun(
             index, phase, job, engine, stream, self._heldout_stream(job.masked), length,
-            self.recipe.train, self.recipe.data, self.ranks, checkpoints, run_log, self.stop,
+            self.recipe.train, self.recipe.data, self.ranks, checkpoints, keeper, run_log, self.stop,
         ).run(position)  # fmt: skip
-        checkpoints.finish(part_states(engine, job.parts, self.ranks), position, self.ranks)
+        checkpoints.finish(part_states(engine, job.parts, self.ranks), position, keeper)
         engine.destroy()
 
     def _job(self, index: int, phase: EncoderPhase | TokenizerPhase, fresh: bool) -> PhaseJob:
@@ -240,19 +253,17 @@ class PretrainingRun:
         return tokenizer
 
     def _fill(self, module: Encoder | Tokenizer, index: int, part: str) -> None:
-        path = self._checkpoints(index).finished / f"{part}.safetensors"
-        load_weights(module, read_tensors(path), path)
+        fill(module, self._checkpoints(index).finished / f"{part}.safetensors", self.ranks)
 
-    def _export(self, index: int) -> None:
-        """Writes the models that a finished phase stands for, unless they are there: a run may be killed in between."""
-        if not self.ranks.first:
-            return
+    def _export(self, index: int, anew: bool) -> None:
+        """Writes the models that a finished phase stands for; unless `anew`, those that are not there: a run may be
+        killed in between."""
         iteration = sum(isinstance(phase, EncoderPhase) for phase in self.recipe.phases[: index + 1])
         targets = [f"iteration-{iteration}"]
         if index == max(i for i, phase in enumerate(self.recipe.phases) if isinstance(phase, EncoderPhase)):
             targets.append("final")
         for target in (self.folder / "models" / name for name in targets):
-            if not is_whole(target):
+            if anew or not is_whole(target):
                 export_model(self.folder, index, target)
                 log.info("model written to %s", target)
 
@@ -276,6 +287,8 @@ def export_model(run: Path, phase_index: int, target: Path) -> None:
     encoder = PhaseCheckpoints(run, phase_index, "encoder").finished
     tokenizer = PhaseCheckpoints(run, source, recipe.phases[source].kind).finished
     iteration = sum(isinstance(phase, EncoderPhase) for phase in recipe.phases[: phase_index + 1])
+    for folder in (encoder, tokenizer):
+        check_folder(folder)
     position = read_position(encoder)
     save_model(
         target,

@@ -84,6 +84,14 @@ def wait_for_rows(run: Path, count: int, process: subprocess.Popen) -> None:
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= count, process, run)
 
 
+def start_and_signal(run: Path, rows_seen: int, number: int, ranks: int = 1) -> tuple[int, str]:
+    """Starts a run and sends it a signal once it has written so many rows of metrics."""
+    process = start(run, ranks=ranks)
+    wait_for_rows(run, rows_seen, process)
+    process.send_signal(number)
+    return process.wait(timeout=60), output_of(run)
+
+
 def processes_of(run: Path) -> list[psutil.Process]:
     """The runner, the spawner and the ranks of a run, whoever their parents are."""
     found = []

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from launching import output_of, pretrain, rows, start, wait_for_rows
+from launching import pretrain, rows, start_and_signal
 
 from bridle.model_folder import load
 from bridle.training.checkpoints import read_tensors
@@ -18,14 +18,6 @@ def undisturbed(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     pretrain(run)
     return run
-
-
-def start_and_signal(run: Path, rows_seen: int, number: int, ranks: int = 1) -> tuple[int, str]:
-    """Starts a run and sends it a signal once it has written so many rows of metrics."""
-    process = start(run, ranks=ranks)
-    wait_for_rows(run, rows_seen, process)
-    process.send_signal(number)
-    return process.wait(timeout=60), output_of(run)
 
 
 @pytest.mark.slow

@@ -12,11 +12,13 @@ import torch
 from bridle.config import TrainSettings, load_recipe
 from bridle.modeling.bridle import Components
 from bridle.modeling.patches import PatchShape
-from bridle.training.checkpoints import PhaseCheckpoints, Position, load_weights, read_tensors
+from bridle.training.checkpoints import PhaseCheckpoints, Position
 from bridle.training.engine import build_engine, resolve_ds_config, set_learning_rate
+from bridle.training.keeper import Keeper
 from bridle.training.optimizer_state import gather_state
 from bridle.training.phases import TokenizerPhaseJob
 from bridle.training.ranks import Ranks, join, leave
+from bridle.training.shared_tensors import fill
 
 TRAIN = TrainSettings(batch_size=4, gradient_clipping=1.0)
 COMBINATIONS = [pair for pair in product((0, 1, 2, 3), ("fp32", "bf16", "autocast")) if pair != (0, "bf16")]
@@ -40,10 +42,10 @@ def engine_of(ranks: Ranks, config: dict, checkpoint: Path | None):
         learner.quantizer.initialize(latents, torch.Generator().manual_seed(1))
     job = TokenizerPhaseJob(learner, make.estimator(2), make.encoder(3), recipe.model.quantizer, ranks.device, False)
     if checkpoint is not None:
-        load_weights(job.module, read_tensors(checkpoint / "model.safetensors"), checkpoint)
+        fill(job.module, checkpoint / "model.safetensors", ranks)
     engine = build_engine(job.module, config, TRAIN, 1e-3)
     if checkpoint is not None:
-        PhaseCheckpoints(checkpoint.parents[2], 2, "tokenizer").restore(engine, checkpoint)
+        PhaseCheckpoints(checkpoint.parents[2], 2, "tokenizer").restore(engine, 3, ranks)
     return engine, job
 
 
@@ -67,15 +69,15 @@ def snapshot(engine) -> dict[str, torch.Tensor]:
 
 def main(folder: Path) -> None:
     ranks = join()
-    report = {}
+    report, keeper = {}, Keeper(ranks)
     for stage, precision in COMBINATIONS:
         run = folder / f"{stage}-{precision}"
         config = ds_config(stage, precision, ranks.world)
         engine, job = engine_of(ranks, config, None)
         losses = [step(engine, job, ranks, number) for number in range(3)]
         before = snapshot(engine)
-        checkpoint = PhaseCheckpoints(run, 2, "tokenizer").save(engine, Position(step=3, samples=12), ranks)
-        ranks.barrier()
+        checkpoint = PhaseCheckpoints(run, 2, "tokenizer").save(engine, Position(step=3, samples=12), keeper)
+        keeper.settle()
         after = [step(engine, job, ranks, number) for number in range(3, 5)]
         engine.destroy()
 
