@@ -1,7 +1,7 @@
 """Pretrains: walks the recipe's interleaved schedule and leaves a servable model.
 
 deepspeed bridle/pretrain.py --deepspeed_config ds_configs/zero2.json [--recipe NAME|FILE.yaml] [--data SHARDS ...]
-                             [--run DIR] [dotted.key=value ...]
+                             [--run DIR|URL] [dotted.key=value ...]
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="paths, globs or braces; local, s3://, https://, pipe:; several are mixed by their weights",
     )
     parser.add_argument("--heldout", nargs="+", metavar="SHARDS", help="the same, for evaluation between phases")
-    parser.add_argument("--run", metavar="DIR", help="run folder; resumes from it (default: runs/RECIPE)")
+    parser.add_argument(
+        "--run", metavar="DIR|URL", help="run folder, or s3://BUCKET/PREFIX; resumes from it (default: runs/RECIPE)"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings of the recipe to change")
     return parser.parse_intermixed_args(arguments)
@@ -67,12 +69,16 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
     from bridle.training.engine import read_ds_config
     from bridle.training.lock import LocalLockFile, RunLock
     from bridle.training.ranks import join, leave
+    from bridle.training.remote_run import RemoteRun
+    from bridle.training.remote_store import is_remote
     from bridle.training.run import PretrainingRun
 
     recipe = load_recipe(args.recipe, overrides(args))
     ds_config = read_ds_config(args.deepspeed_config)
-    folder = Path(args.run or f"runs/{Path(args.recipe).stem}")
-    lock = RunLock(LocalLockFile(folder), str(folder), lost=end_at_once)
+    where = args.run or f"runs/{Path(args.recipe).stem}"
+    store = RemoteRun(where) if is_remote(where) else None
+    folder = store.folder if store else Path(where)
+    lock = RunLock(store.lock_file() if store else LocalLockFile(folder), where, lost=end_at_once)
     try:
         if os.environ.get("RANK", "0") == "0":
             stop.before_leaving.append(lock.release)
@@ -80,7 +86,7 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
         if recipe.data.workers:
             start_template("bridle.data.stream", "bridle.training.clips", REGISTRY[recipe.modality].partition(":")[0])
         ranks = join()
-        run = PretrainingRun(recipe, ds_config, args.deepspeed_config, folder, ranks, stop, lock)
+        run = PretrainingRun(recipe, ds_config, args.deepspeed_config, folder, ranks, stop, lock, store)
         with stop.deferred():
             run.run()
     except RuntimeError as error:
@@ -94,12 +100,12 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
         return STOPPED  # the rank that was lost has the exit code that counts
     except StoppedError:
         reason = stop.reason or "a signal to another rank"
-        log.info("stopped by %s; the same command goes on from there (%s)", reason, folder)
+        log.info("stopped by %s; the same command goes on from there (%s)", reason, where)
         return STOPPED
     finally:
         leave()
         lock.release()
-    log.info("done: %s", folder / "models" / "final")
+    log.info("done: %s/models/final", where)
     return 0
 
 

@@ -85,6 +85,7 @@ ONLY_IN = {
     "tensorboard": {"training"},
     "webdataset": {"data", "tokens"},
     "boto3": {"data"},
+    "fsspec": {"training"},
     "av": {"modalities", "diagnostics"},
     "decord": {"modalities", "diagnostics"},
     "soundfile": {"modalities", "diagnostics"},

@@ -10,7 +10,7 @@ HELP = "write the model folder of a run's finished iteration"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/audio-mini")
+    parser.add_argument("run", metavar="RUN", help="run folder, such as runs/audio-mini or s3://BUCKET/PREFIX")
     parser.add_argument(
         "target", metavar="MODEL_DIR", type=Path, help="folder to write; an older model there is replaced"
     )
@@ -26,17 +26,19 @@ def run(args: argparse.Namespace) -> int:
         RecipeError: no run there, or an iteration that the recipe does not have.
         ValueError: nothing to export yet, or something that is no model stands in the way.
     """
-    from bridle.training.run import export_model, finished_encoder_phases, read_run_recipe
+    from bridle.training.remote_run import is_result, on_disk
+    from bridle.training.run_folder import export_model, finished_encoder_phases, read_run_recipe
 
-    phases = [index for index, phase in enumerate(read_run_recipe(args.run).phases) if phase.kind == "encoder"]
-    chosen = _choose(args.run, args.iteration, phases, finished_encoder_phases(args.run))
     _refuse_to_overwrite(args.target)
-    export_model(args.run, chosen, args.target)
+    with on_disk(args.run, is_result) as run:
+        phases = [index for index, phase in enumerate(read_run_recipe(run).phases) if phase.kind == "encoder"]
+        chosen = _choose(args.run, args.iteration, phases, finished_encoder_phases(run))
+        export_model(run, chosen, args.target)
     print(f"iteration {phases.index(chosen) + 1} of {args.run} written to {args.target}")
     return 0
 
 
-def _choose(run: Path, iteration: int | None, phases: list[int], finished: list[int]) -> int:
+def _choose(run: str, iteration: int | None, phases: list[int], finished: list[int]) -> int:
     """Index of the encoder phase to export."""
     from bridle.settings import RecipeError
 

@@ -11,7 +11,7 @@ HELP = "write a run's curves, codebook usage and a few clips with their codes as
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/audio-mini")
+    parser.add_argument("run", metavar="RUN", help="run folder, such as runs/audio-mini or s3://BUCKET/PREFIX")
     parser.add_argument("--out", metavar="FILE", type=Path, help="where to write it (default: RUN/report.html)")
 
 
@@ -25,12 +25,17 @@ def run(args: argparse.Namespace) -> int:
     from bridle.evaluation.report import build_report, page
     from bridle.evaluation.run_folder import read_run
     from bridle.files import whole_file
+    from bridle.training.remote_run import is_reported, on_disk
+    from bridle.training.remote_store import RemoteStore, is_remote
 
-    target = args.out or args.run / "report.html"
-    report = build_report(read_run(args.run))
-    with whole_file(target) as aside:
-        aside.write_text(page(report), encoding="utf-8")
+    with on_disk(args.run, is_reported) as run:
+        report = build_report(read_run(run))
+        target = args.out or run / "report.html"
+        with whole_file(target) as aside:
+            aside.write_text(page(report), encoding="utf-8")
+        if args.out is None and is_remote(args.run):
+            RemoteStore(args.run).put(target, "report.html")
     for note in report.notes:
         print(f"bridle report: {note}", file=sys.stderr)
-    print(target)
+    print(args.out or f"{args.run.rstrip('/')}/report.html")
     return 0

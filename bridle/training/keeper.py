@@ -7,65 +7,102 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from bridle.settings import RecipeError
 from bridle.training.metrics import PrometheusMetrics
 from bridle.training.ranks import Ranks
 
 log = logging.getLogger("bridle")
+Job = Callable[[], None]
 
 
 class Keeper:
-    """A job that fails for want of disk or network raises an alarm and costs the run nothing else."""
+    """A job that fails for want of disk or network raises an alarm and costs the run nothing else.
 
-    def __init__(self, ranks: Ranks, metrics: PrometheusMetrics | None = None) -> None:
-        self.ranks = ranks
-        self.metrics = metrics
+    Args:
+        push: uploads what was written, where the run folder is in a store; runs behind each job.
+    """
+
+    def __init__(self, ranks: Ranks, metrics: PrometheusMetrics | None = None, push: Job | None = None) -> None:
+        self.ranks, self.metrics = ranks, metrics
+        self._push_job = push
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bridle-keeper")
-        self._job: Future[None] | None = None
-        self._failure: OSError | None = None
+        self._write: Future[OSError | None] | None = None
+        self._push: Future[OSError | None] | None = None
 
-    def start(self, name: str, job: Callable[[], None]) -> None:
-        """Runs `job` behind training, once the one before is done; on other ranks than the first, not at all."""
+    def start(self, name: str, job: Job) -> None:
+        """Runs `job` behind training, once what was started before is done; nothing on other ranks than the first."""
         self.wait()
         if self.ranks.first:
-            self._job = self._pool.submit(self._run, name, job)
+            self._write = self._pool.submit(self._written, name, job)
+            self.push()
+
+    def push(self) -> None:
+        """Uploads what there is to upload, behind training."""
+        if self.ranks.first and self._push_job is not None:
+            self._push = self._pool.submit(self._pushed, self._push_job)
 
     def wait(self) -> None:
         """Returns when nothing is being written; raises what was neither disk nor network, a mistake of ours."""
-        job, self._job = self._job, None
-        if job is not None:
-            job.result()
+        for job in (self._write, self._push):
+            if job is not None:
+                job.result()
 
     def settle(self) -> None:
-        """Waits for what was started last. All ranks must call it.
+        """Waits until what was started last is on rank 0's disk. All ranks must call it.
 
         Raises:
-            OSError: on all ranks, if it failed.
+            OSError: on all ranks, if it could not be written.
+        """
+        self.ranks.on_first(lambda: _raise(self._write))
+
+    def deliver(self) -> None:
+        """Waits until everything is where it belongs, in the store where there is one. All ranks must call it.
+
+        Raises:
+            OSError: on all ranks, if it could not be uploaded; it is on rank 0's disk, and a start there uploads it.
         """
 
-        def failed() -> None:
+        def delivered() -> None:
             self.wait()
-            if self._failure is not None:
-                raise self._failure
+            self.push()
+            _raise(self._push)
 
-        self.ranks.on_first(failed)
+        self.ranks.on_first(delivered)
 
     def close(self) -> None:
-        """Waits, and ends the thread; what failed was said when it did."""
+        """Tries once more to upload what is left, and ends the thread; what failed was said when it did."""
+        self.push()
         self._pool.shutdown(wait=True)
 
-    def _run(self, name: str, job: Callable[[], None]) -> None:
+    def _written(self, name: str, job: Job) -> OSError | None:
         began = time.perf_counter()
-        self._failure = None
         try:
             job()
         except OSError as error:
-            self._failure = error
-            if self.metrics is not None:
-                self.metrics.alarms.labels("checkpoint").inc()
-            log.warning("%s was not written: %s; training goes on, the next checkpoint tries again", name, error)
-        else:
-            took = time.perf_counter() - began
-            if self.metrics is not None:
-                self.metrics.checkpoint.set(took)
-                self.metrics.checkpointed.set_to_current_time()
-            log.info("%s written in %.1f s", name, took)
+            self._alarm(f"{name} was not written: {error}; training goes on, the next checkpoint tries again")
+            return error
+        took = time.perf_counter() - began
+        if self.metrics is not None:
+            self.metrics.checkpoint.set(took)
+            self.metrics.checkpointed.set_to_current_time()
+        log.info("%s written in %.1f s", name, took)
+        return None
+
+    def _pushed(self, job: Job) -> OSError | None:
+        try:
+            job()
+        except (OSError, RecipeError) as error:
+            self._alarm(f"{error}; nothing is lost here, and the next checkpoint tries again")
+            return OSError(str(error))
+        return None
+
+    def _alarm(self, text: str) -> None:
+        if self.metrics is not None:
+            self.metrics.alarms.labels("checkpoint").inc()
+        log.warning("%s", text)
+
+
+def _raise(job: Future[OSError | None] | None) -> None:
+    failure = job.result() if job is not None else None
+    if failure is not None:
+        raise failure

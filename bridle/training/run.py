@@ -22,7 +22,7 @@ from bridle.data.shards import ShardSet, open_mixture
 from bridle.data.stream import Stream
 from bridle.files import whole_file, write_json
 from bridle.modalities import build_modality
-from bridle.model_folder import is_whole, patch_shape, save_model
+from bridle.model_folder import is_whole, patch_shape
 from bridle.modeling.bridle import Components, parameter_count
 from bridle.modeling.encoder import Encoder
 from bridle.modeling.tokenizer import Tokenizer
@@ -32,29 +32,23 @@ from bridle.training.checkpoints import (
     Position,
     cpu_buffers,
     part_states,
-    read_position,
-    read_tensors,
 )
 from bridle.training.clips import MakeClip
 from bridle.training.engine import build_engine, resolve_ds_config, split_batch, uses_bf16
 from bridle.training.keeper import Keeper
 from bridle.training.lock import RunLock
 from bridle.training.loop import Length, PhaseRun
-from bridle.training.manifest import check_folder
 from bridle.training.measures import to_device
 from bridle.training.metrics import RunLog
 from bridle.training.phases import EncoderPhaseJob, PhaseJob, TokenizerPhaseJob
 from bridle.training.ranks import Ranks
+from bridle.training.remote_run import RemoteRun
+from bridle.training.run_folder import check_same_recipe, export_model, tokenizer_phase_of
 from bridle.training.shared_tensors import fill
 from bridle.training.standing import Standing, find_standing
 from bridle.training.stopping import StoppedError, StopRequest
 
 log = logging.getLogger("bridle")
-FREE_TO_CHANGE = {
-    "data.workers", "data.cache", "data.cache_gb", "data.max_corrupt", "train.micro_batch_size", "train.log_every",
-    "train.checkpoint_every", "train.evaluate_every", "train.evaluate_clips", "train.prometheus_port",
-}  # fmt: skip
-"""Settings that change neither the order of the data nor the mathematics: a resumed run may have others."""
 INITIAL_LATENTS = 65_536
 """Latents that codebooks are initialised from, at most: enough for k-means, small enough to gather."""
 
@@ -71,12 +65,17 @@ class PretrainingRun:
         ranks: Ranks,
         stop: StopRequest,
         lock: RunLock,
+        store: RemoteRun | None = None,
     ) -> None:
-        """Raises RecipeError or ShardError on settings that cannot work, before anything is written."""
+        """folder: the run's, or the working folder of one that is in a `store`.
+
+        Raises RecipeError or ShardError on settings that cannot work, before anything is written.
+        """
         self.recipe = recipe
         self.stop = stop
         self.lock = lock
         self.folder = folder
+        self.store = store
         self.ranks = ranks
         self.modality = build_modality(recipe.modality, recipe.clip)
         self.ds_config = resolve_ds_config(ds_config, where, recipe.train, ranks.world)
@@ -84,6 +83,8 @@ class PretrainingRun:
         self.components = Components(recipe.model, patch_shape(self.modality))
         self.shards = self._open(recipe.data.mixture)
         self.heldout = self._open([DataSource(shards=recipe.data.heldout)]) if recipe.data.heldout else None
+        if store is not None:
+            ranks.on_first(store.fetch)
         ranks.on_first(lambda: check_same_recipe(folder, recipe))
 
     def run(self) -> None:
@@ -98,8 +99,9 @@ class PretrainingRun:
             run_log = RunLog(self.folder, self.recipe.train.prometheus_port)
             run_log.prometheus.alarms.labels("damaged_checkpoint").inc(standing.damaged)
             self.lock.beaten = run_log.prometheus.beaten
-        keeper = Keeper(self.ranks, run_log.prometheus if run_log else None)
+        keeper = Keeper(self.ranks, run_log.prometheus if run_log else None, self.store.push if self.store else None)
         try:
+            keeper.deliver()  # a store that cannot be written is found now, not at the first checkpoint
             for index, phase in enumerate(self.recipe.phases):
                 self._stop_if_asked()
                 if isinstance(phase, ColdStartPhase) and index >= standing.phase:
@@ -109,7 +111,12 @@ class PretrainingRun:
                     self._train(index, phase, step, run_log, keeper)
                 if isinstance(phase, EncoderPhase):
                     self.ranks.on_first(partial(self._export, index, anew=index >= standing.phase))
+                    keeper.push()
                 self.ranks.barrier()
+            keeper.deliver()
+        except StoppedError:
+            keeper.deliver()
+            raise
         finally:
             keeper.close()
             if run_log is not None:
@@ -273,95 +280,6 @@ class PretrainingRun:
             aside.write_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
         write_json(self.folder / "ds_config.json", self.ds_config)
         write_json(self.folder / "environment.json", environment(self.ranks))
-
-
-def export_model(run: Path, phase_index: int, target: Path) -> None:
-    """Writes the model that encoder phase `phase_index` of a run ended with, and the tokenizer that taught it.
-
-    Raises:
-        CheckpointError: the phase is not finished, or its files are damaged.
-    """
-    recipe = read_run_recipe(run)
-    modality = build_modality(recipe.modality, recipe.clip)
-    source = tokenizer_phase_of(recipe, phase_index)
-    encoder = PhaseCheckpoints(run, phase_index, "encoder").finished
-    tokenizer = PhaseCheckpoints(run, source, recipe.phases[source].kind).finished
-    iteration = sum(isinstance(phase, EncoderPhase) for phase in recipe.phases[: phase_index + 1])
-    for folder in (encoder, tokenizer):
-        check_folder(folder)
-    position = read_position(encoder)
-    save_model(
-        target,
-        name=f"{run.resolve().name}-iteration-{iteration}",
-        modality=recipe.modality,
-        clip=modality.settings.model_dump(mode="json"),
-        encoder_settings=recipe.model.encoder,
-        quantizer_settings=recipe.model.quantizer,
-        encoder=read_tensors(encoder / "encoder.safetensors"),
-        tokenizer=read_tensors(tokenizer / "tokenizer.safetensors"),
-        learned=not isinstance(recipe.phases[source], ColdStartPhase),
-        trained={"iteration": iteration, "steps": position.step, "clips": position.samples, "run": run.resolve().name},
-    )
-
-
-def finished_encoder_phases(run: Path) -> list[int]:
-    """Indexes of a run's finished encoder phases."""
-    recipe = read_run_recipe(run)
-    return [
-        index
-        for index, phase in enumerate(recipe.phases)
-        if isinstance(phase, EncoderPhase) and PhaseCheckpoints(run, index, phase.kind).is_finished()
-    ]
-
-
-def read_run_recipe(run: Path) -> Recipe:
-    """The recipe a run folder was started with.
-
-    Raises:
-        RecipeError: no run there.
-    """
-    path = run / "recipe.yaml"
-    if not path.is_file():
-        raise RecipeError(f"{run}: no recipe.yaml there; give a run folder, such as runs/audio-mini")
-    return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-
-
-def check_same_recipe(run: Path, recipe: Recipe) -> None:
-    """Refuses to go on with other science than the run began with.
-
-    Raises:
-        RecipeError: names the first settings that differ.
-    """
-    if not (run / "recipe.yaml").is_file():
-        return
-    before, now = flatten(read_run_recipe(run).model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    changed = [key for key in changed if key not in FREE_TO_CHANGE]
-    if changed:
-        shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in changed[:3])
-        raise RecipeError(
-            f"{run} was begun with another recipe ({shown}); use the same settings, or another --run folder"
-        )
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as ``{"train.batch_size": 16, …}``."""
-    if isinstance(tree, Mapping):
-        items = list(tree.items())
-    elif isinstance(tree, list):
-        items = list(enumerate(tree))
-    else:
-        return {prefix: tree}
-    return {
-        key: leaf
-        for name, value in items
-        for key, leaf in flatten(value, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
-
-
-def tokenizer_phase_of(recipe: Recipe, index: int) -> int:
-    """Index of the phase whose tokenizer gives encoder phase `index` its targets."""
-    return max(i for i in range(index) if recipe.phases[i].kind in ("cold_start", "tokenizer"))
 
 
 def last_of(recipe: Recipe, index: int, kind: type) -> int | None:

@@ -1,0 +1,111 @@
+"""What a run folder holds, read without training: its recipe, and its finished phases as models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bridle.config import ColdStartPhase, EncoderPhase, Recipe
+from bridle.modalities import build_modality
+from bridle.model_folder import save_model
+from bridle.settings import RecipeError
+from bridle.training.checkpoints import PhaseCheckpoints, read_position, read_tensors
+from bridle.training.manifest import check_folder
+
+FREE_TO_CHANGE = {
+    "data.workers", "data.cache", "data.cache_gb", "data.max_corrupt", "train.micro_batch_size", "train.log_every",
+    "train.checkpoint_every", "train.evaluate_every", "train.evaluate_clips", "train.prometheus_port",
+}  # fmt: skip
+"""Settings that change neither the order of the data nor the mathematics: a resumed run may have others."""
+
+
+def export_model(run: Path, phase_index: int, target: Path) -> None:
+    """Writes the model that encoder phase `phase_index` of a run ended with, and the tokenizer that taught it.
+
+    Raises:
+        CheckpointError: the phase is not finished, or its files are damaged.
+    """
+    recipe = read_run_recipe(run)
+    modality = build_modality(recipe.modality, recipe.clip)
+    source = tokenizer_phase_of(recipe, phase_index)
+    encoder = PhaseCheckpoints(run, phase_index, "encoder").finished
+    tokenizer = PhaseCheckpoints(run, source, recipe.phases[source].kind).finished
+    iteration = sum(isinstance(phase, EncoderPhase) for phase in recipe.phases[: phase_index + 1])
+    for folder in (encoder, tokenizer):
+        check_folder(folder)
+    position = read_position(encoder)
+    save_model(
+        target,
+        name=f"{run.resolve().name}-iteration-{iteration}",
+        modality=recipe.modality,
+        clip=modality.settings.model_dump(mode="json"),
+        encoder_settings=recipe.model.encoder,
+        quantizer_settings=recipe.model.quantizer,
+        encoder=read_tensors(encoder / "encoder.safetensors"),
+        tokenizer=read_tensors(tokenizer / "tokenizer.safetensors"),
+        learned=not isinstance(recipe.phases[source], ColdStartPhase),
+        trained={"iteration": iteration, "steps": position.step, "clips": position.samples, "run": run.resolve().name},
+    )
+
+
+def finished_encoder_phases(run: Path) -> list[int]:
+    """Indexes of a run's finished encoder phases."""
+    recipe = read_run_recipe(run)
+    return [
+        index
+        for index, phase in enumerate(recipe.phases)
+        if isinstance(phase, EncoderPhase) and PhaseCheckpoints(run, index, phase.kind).is_finished()
+    ]
+
+
+def read_run_recipe(run: Path) -> Recipe:
+    """The recipe a run folder was started with.
+
+    Raises:
+        RecipeError: no run there.
+    """
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise RecipeError(f"{run}: no recipe.yaml there; give a run folder, such as runs/audio-mini")
+    return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def check_same_recipe(run: Path, recipe: Recipe) -> None:
+    """Refuses to go on with other science than the run began with.
+
+    Raises:
+        RecipeError: names the first settings that differ.
+    """
+    if not (run / "recipe.yaml").is_file():
+        return
+    before, now = flatten(read_run_recipe(run).model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    changed = [key for key in changed if key not in FREE_TO_CHANGE]
+    if changed:
+        shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in changed[:3])
+        raise RecipeError(
+            f"{run} was begun with another recipe ({shown}); use the same settings, or another --run folder"
+        )
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``{"train.batch_size": 16, …}``."""
+    if isinstance(tree, Mapping):
+        items = list(tree.items())
+    elif isinstance(tree, list):
+        items = list(enumerate(tree))
+    else:
+        return {prefix: tree}
+    return {
+        key: leaf
+        for name, value in items
+        for key, leaf in flatten(value, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def tokenizer_phase_of(recipe: Recipe, index: int) -> int:
+    """Index of the phase whose tokenizer gives encoder phase `index` its targets."""
+    return max(i for i in range(index) if recipe.phases[i].kind in ("cold_start", "tokenizer"))
