@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from bridle.settings import RecipeError
-from bridle.training.metrics import PrometheusMetrics
+from bridle.training.metrics import RunLog
 from bridle.training.ranks import Ranks
 
 log = logging.getLogger("bridle")
@@ -22,8 +22,8 @@ class Keeper:
         push: uploads what was written, where the run folder is in a store; runs behind each job.
     """
 
-    def __init__(self, ranks: Ranks, metrics: PrometheusMetrics | None = None, push: Job | None = None) -> None:
-        self.ranks, self.metrics = ranks, metrics
+    def __init__(self, ranks: Ranks, run_log: RunLog | None = None, push: Job | None = None) -> None:
+        self.ranks, self.run_log = ranks, run_log
         self._push_job = push
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bridle-keeper")
         self._write: Future[OSError | None] | None = None
@@ -77,14 +77,16 @@ class Keeper:
     def _written(self, name: str, job: Job) -> OSError | None:
         began = time.perf_counter()
         try:
+            if self.run_log is not None:
+                self.run_log.flush()  # no checkpoint without the rows before it
             job()
         except OSError as error:
             self._alarm(f"{name} was not written: {error}; training goes on, the next checkpoint tries again")
             return error
         took = time.perf_counter() - began
-        if self.metrics is not None:
-            self.metrics.checkpoint.set(took)
-            self.metrics.checkpointed.set_to_current_time()
+        if self.run_log is not None:
+            self.run_log.prometheus.checkpoint.set(took)
+            self.run_log.prometheus.checkpointed.set_to_current_time()
         log.info("%s written in %.1f s", name, took)
         return None
 
@@ -97,8 +99,8 @@ class Keeper:
         return None
 
     def _alarm(self, text: str) -> None:
-        if self.metrics is not None:
-            self.metrics.alarms.labels("checkpoint").inc()
+        if self.run_log is not None:
+            self.run_log.prometheus.alarms.labels("checkpoint").inc()
         log.warning("%s", text)
 
 

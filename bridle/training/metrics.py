@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import scalar
 
-from bridle.files import clear_disk_errors, whole_file
+from bridle.files import whole_file
+from bridle.training.patient_file import PatientFile
 
 log = logging.getLogger("bridle")
-ALARMS = ("checkpoint", "damaged_checkpoint", "heartbeat")
+ALARMS = ("checkpoint", "damaged_checkpoint", "heartbeat", "metrics")
 """Kinds of alarms: a checkpoint could not be written; one was damaged and the one before was taken; a heartbeat could
-not be written."""
+not be written; a row of metrics could not, and waits in memory."""
 STEP_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
@@ -93,10 +100,12 @@ class RunLog:
     """Writes rows of metrics everywhere. On resume, rows past the checkpoint go, so that each step has one row."""
 
     def __init__(self, run: Path, prometheus_port: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = run / "metrics.jsonl"
-        self.tensorboard = SummaryWriter(str(run / "tensorboard"))
+        self.rows = PatientFile(self.path)
+        folder = run / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self.events = PatientFile(folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}")
+        self.events.append(_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
         self.prometheus = PrometheusMetrics(prometheus_port)
         if self.prometheus.port:
             log.info("metrics at http://localhost:%d/metrics", self.prometheus.port)
@@ -105,32 +114,54 @@ class RunLog:
         """Drops rows of later steps, from a run that was killed after its last checkpoint, and a torn last line."""
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        kept, text = [], self.path.read_text(encoding="utf-8")
+        for line in text.splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
             if (row["phase_index"], row["step"]) <= (phase_index, step):
                 kept.append(line + "\n")
-        with whole_file(self.path) as aside:
-            aside.write_text("".join(kept), encoding="utf-8")
+        if "".join(kept) != text:
+            with whole_file(self.path) as aside:
+                aside.write_text("".join(kept), encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends one row to metrics.jsonl and TensorBoard."""
-        with clear_disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        prefix = f"{row['phase_index']}-{row['phase']}/{row['split']}"
-        for key, value in row.items():
-            values = value if isinstance(value, list) else [value]
-            for i, number in enumerate(values, start=1):
-                if isinstance(number, (int, float)) and key not in ("phase_index", "step"):
-                    name = f"{prefix}/{key}_{i}" if isinstance(value, list) else f"{prefix}/{key}"
-                    self.tensorboard.add_scalar(name, number, row["step"])
+        """Appends one row to metrics.jsonl and TensorBoard; on a full disk it waits in memory, with an alarm."""
+        self._keep(self.rows, (json.dumps(row) + "\n").encode())
+        self._keep(self.events, b"".join(map(_record, _scalars(row))))
 
-    def close(self) -> None:
-        """Flushes TensorBoard."""
-        self.tensorboard.close()
+    def flush(self) -> None:
+        """Writes rows that wait.
+
+        Raises:
+            OSError: there is still no room for them.
+        """
+        self.rows.flush()
+
+    def _keep(self, file: PatientFile, data: bytes) -> None:
+        try:
+            file.append(data)
+        except OSError as error:
+            self.prometheus.alarms.labels("metrics").inc()
+            log.warning("%s; rows of metrics wait in memory", error)
+
+
+def _scalars(row: Mapping[str, Any]) -> Iterator[Event]:
+    """A row's numbers as TensorBoard has them."""
+    prefix = f"{row['phase_index']}-{row['phase']}/{row['split']}"
+    for key, value in row.items():
+        values = value if isinstance(value, list) else [value]
+        for i, number in enumerate(values, start=1):
+            if isinstance(number, (int, float)) and key not in ("phase_index", "step"):
+                name = f"{prefix}/{key}_{i}" if isinstance(value, list) else f"{prefix}/{key}"
+                yield Event(wall_time=time.time(), step=row["step"], summary=scalar(name, number))
+
+
+def _record(event: Event) -> bytes:
+    data = io.BytesIO()
+    RecordWriter(data).write(event.SerializeToString())
+    return data.getvalue()
 
 
 class Window:

@@ -99,7 +99,7 @@ class PretrainingRun:
             run_log = RunLog(self.folder, self.recipe.train.prometheus_port)
             run_log.prometheus.alarms.labels("damaged_checkpoint").inc(standing.damaged)
             self.lock.beaten = run_log.prometheus.beaten
-        keeper = Keeper(self.ranks, run_log.prometheus if run_log else None, self.store.push if self.store else None)
+        keeper = Keeper(self.ranks, run_log, self.store.push if self.store else None)
         try:
             keeper.deliver()  # a store that cannot be written is found now, not at the first checkpoint
             for index, phase in enumerate(self.recipe.phases):
@@ -119,8 +119,6 @@ class PretrainingRun:
             raise
         finally:
             keeper.close()
-            if run_log is not None:
-                run_log.close()
 
     def _stop_if_asked(self) -> None:
         """All ranks must call it; for places where nothing is lost by stopping."""
