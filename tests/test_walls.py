@@ -85,7 +85,7 @@ ONLY_IN = {
     "tensorboard": {"training"},
     "webdataset": {"data", "tokens"},
     "boto3": {"data"},
-    "fsspec": {"training"},
+    "fsspec": {"training", "tokens"},
     "av": {"modalities", "diagnostics"},
     "decord": {"modalities", "diagnostics"},
     "soundfile": {"modalities", "diagnostics"},
