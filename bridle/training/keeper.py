@@ -41,6 +41,11 @@ class Keeper:
         if self.ranks.first and self._push_job is not None:
             self._push = self._pool.submit(self._pushed, self._push_job)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being written."""
+        return all(job is None or job.done() for job in (self._write, self._push))
+
     def wait(self) -> None:
         """Returns when nothing is being written; raises what was neither disk nor network, a mistake of ours."""
         for job in (self._write, self._push):
