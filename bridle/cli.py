@@ -12,7 +12,19 @@ from types import ModuleType
 from bridle.home import settle
 from bridle.settings import RecipeError
 
-COMMANDS = ("doctor", "shards", "launch", "export", "tokenize", "codebooks", "report", "fetch-model", "serve")
+COMMANDS = (
+    "doctor",
+    "shards",
+    "launch",
+    "export",
+    "tokenize",
+    "vocabulary",
+    "pack",
+    "codebooks",
+    "report",
+    "fetch-model",
+    "serve",
+)
 """Each is a file in bridle/commands/, with _ for -."""
 
 EXTRAS = {

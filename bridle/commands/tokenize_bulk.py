@@ -24,14 +24,8 @@ _RANKS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of bulk work."""
     bulk = parser.add_argument_group("with --out DIR (docs/tokens.md)")
-    bulk.add_argument("--layout", choices=LAYOUTS, default="interleaved", help="order of a document's ids")
-    bulk.add_argument("--delays", metavar="0,1,…", type=_numbers, help="positions each codebook is moved by")
-    bulk.add_argument("--time-marks", metavar="SECONDS", type=float, help="put a time-mark token every so often")
+    add_vocabulary_arguments(bulk)
     bulk.add_argument("--template", metavar="TEXT", default="{codes}", help="e.g. 'A sound of {label}: {codes}'")
-    bulk.add_argument("--tokenizer", metavar="T", help="text tokenizer: tokenizer.json, its folder or a hub id")
-    bulk.add_argument(
-        "--offset", metavar="N", type=_count, default=0, help="first id (default: 0, or behind the text's)"
-    )
     bulk.add_argument("--vocabulary", metavar="FILE", help="vocabulary.json that several modalities share")
     bulk.add_argument("--workers", metavar="N", type=_count, help="decoding processes (default: one less than cores)")
     bulk.add_argument("--batch", metavar="N", type=_positive, help="windows in a batch (default: 8; on a GPU 64)")
@@ -43,6 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bulk.add_argument("--metrics-port", metavar="PORT", type=_count, default=0, help="Prometheus, plus the local rank")
     bulk.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: as actors of a Ray cluster")
     bulk.add_argument("--verify", action="store_true", help="check what is there, and change nothing")
+
+
+def add_vocabulary_arguments(parser: argparse._ActionsContainer) -> None:
+    """The options that say what the ids are."""
+    parser.add_argument("--layout", choices=LAYOUTS, default="interleaved", help="order of a document's ids")
+    parser.add_argument("--delays", metavar="0,1,…", type=_numbers, help="positions each codebook is moved by")
+    parser.add_argument("--time-marks", metavar="SECONDS", type=float, help="put a time-mark token every so often")
+    parser.add_argument("--tokenizer", metavar="T", help="text tokenizer: tokenizer.json, its folder or a hub id")
+    parser.add_argument(
+        "--offset", metavar="N", type=_count, default=0, help="first id (default: 0, or behind the text's)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
