@@ -72,7 +72,7 @@ lock:
 lock-cpu:
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet uv
-	$(VENV)-lock/bin/uv pip compile pyproject.toml --extra train --extra serving --extra s3 --extra tracing \
+	$(VENV)-lock/bin/uv pip compile pyproject.toml --extra train --extra serving --extra tokens --extra s3 --extra tracing \
 		--torch-backend cpu --constraint requirements.lock --python-version 3.11 --python-platform linux --generate-hashes \
 		--custom-compile-command 'make lock-cpu' --output-file requirements-cpu.lock --quiet
 	rm -rf $(VENV)-lock

@@ -20,7 +20,7 @@ RUN python3 -m venv --without-pip /opt/bridle \
     && echo "installing from $lock" \
     && /tools/bin/uv pip install --system-certs --python /opt/bridle --no-cache --compile-bytecode --require-hashes \
         --constraint "$lock" --build-constraint requirements.lock \
-        --requirement pyproject.toml --extra train --extra s3
+        --requirement pyproject.toml --extra train --extra tokens --extra s3
 COPY . .
 RUN /tools/bin/uv pip install --python /opt/bridle --no-cache --compile-bytecode \
         --no-deps --no-index --no-build-isolation .

@@ -106,7 +106,8 @@ def supervise(ranks: dict[int, int]) -> int:
                 continue
             rank = running.pop(process)
             codes.append(code)
-            if code and running and kill_at[signal.SIGKILL] == float("inf"):
+            # One that was asked to stop leaves rank 0 behind to upload a checkpoint, however long that takes.
+            if code not in (0, STOPPED) and running and kill_at[signal.SIGKILL] == float("inf"):
                 print(f"bridle launch: rank {rank} ended with {_said(code)}; ending this node's others", flush=True)
                 kill_at[signal.SIGTERM] = time.monotonic() + LEFT_BEHIND_SECONDS
                 kill_at[signal.SIGKILL] = kill_at[signal.SIGTERM] + ENDING_SECONDS

@@ -258,3 +258,21 @@ def test_the_namespace_enforces_the_restricted_standard() -> None:
         for manifest in rendered(folder):
             if manifest["kind"] == "Namespace":
                 assert manifest["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+def test_the_documented_needs_of_the_papers_scale_are_those_of_its_overlay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/deploy.md prints what tools/cluster_needs.py computes, and the overlay gives each node that much disk."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from cluster_needs import described, needs
+
+    manifests = rendered("overlays/paper")
+    [pods] = pods_of(manifests)
+    assert pods.job is not None
+    config = environment_of(pods.spec["containers"][0], manifests)
+    nodes, gpus = pods.job["completions"], int(config["PET_NPROC_PER_NODE"] or 0)
+    assert (nodes, gpus) == (8, 8)
+    text = (ROOT / "docs/deploy.md").read_text()
+    for recipe, clips, size in (("audio", 2_000_000, 320e3), ("image", 1_281_167, 115e3)):
+        found = needs(recipe, nodes, gpus, clips, size, 120e12)
+        assert "\n".join(described(found, nodes)) in text
+        assert found.dataset_bytes <= float(config["CACHE_GB"] or 0) * 1e9
