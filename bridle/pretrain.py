@@ -7,6 +7,7 @@ deepspeed bridle/pretrain.py --deepspeed_config ds_configs/zero2.json [--recipe 
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import logging
 import os
@@ -14,8 +15,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bridle.training.stopping import STOPPED, StoppedError, StopRequest
+
+if TYPE_CHECKING:
+    from bridle.config import DataSource
 
 log = logging.getLogger("bridle")
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*=")
@@ -43,6 +48,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--heldout", nargs="+", metavar="SHARDS", help="the same, for evaluation between phases")
     parser.add_argument(
         "--run", metavar="DIR|URL", help="run folder, or s3://BUCKET/PREFIX; resumes from it (default: runs/RECIPE)"
+    )
+    parser.add_argument(
+        "--allow-new-data", action="store_true", help="go on with a run although its shards have changed (docs/data.md)"
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings of the recipe to change")
@@ -74,6 +82,8 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
     from bridle.training.run import PretrainingRun
 
     recipe = load_recipe(args.recipe, overrides(args))
+    if not recipe.data.heldout:
+        log.warning("%s", no_heldout(recipe.data.mixture))
     ds_config = read_ds_config(args.deepspeed_config)
     where = args.run or f"runs/{Path(args.recipe).stem}"
     store = RemoteRun(where) if is_remote(where) else None
@@ -86,7 +96,9 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
         if recipe.data.workers:
             start_template("bridle.data.stream", "bridle.training.clips", REGISTRY[recipe.modality].partition(":")[0])
         ranks = join()
-        run = PretrainingRun(recipe, ds_config, args.deepspeed_config, folder, ranks, stop, lock, store)
+        run = PretrainingRun(
+            recipe, ds_config, args.deepspeed_config, folder, ranks, stop, lock, store, args.allow_new_data
+        )
         with stop.deferred():
             run.run()
     except RuntimeError as error:
@@ -113,6 +125,14 @@ def end_at_once(why: str) -> None:
     """Ends this process where nothing may be written any more; its peers notice."""
     print(f"pretrain: error: {why}; nothing more was written", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def no_heldout(sources: Sequence[DataSource]) -> str:
+    """What to say where a run has no held-out clips; names those that `shards build` has put beside its shards."""
+    beside = dict.fromkeys(f"{Path(pattern).parent}/heldout/*.tar" for source in sources for pattern in source.shards)
+    found = [f"'{path}'" for path in beside if glob.glob(path)]  # noqa: PTH207
+    given = " ".join(found) or "SHARDS (`bridle shards build --heldout 0.05` makes some)"
+    return f"no held-out clips, so nothing is evaluated and the report shows no clips: give --heldout {given}"
 
 
 def overrides(args: argparse.Namespace) -> list[str]:

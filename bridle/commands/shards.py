@@ -69,7 +69,9 @@ def _build(args: argparse.Namespace) -> int:
     print(f"listing {args.src}", file=sys.stderr)
     found = plan(args.kind, Source(args.src, args.table, args.split))
     total, size = len(found.samples), sum(sample.size for sample in found.samples)
-    print(f"{total} samples of {size / 1e6:.1f} MB found, {found.ignored} other files left out", file=sys.stderr)
+    unread = ", ".join(f"{count} {ending}" for ending, count in found.unread.most_common(NAMED))
+    why = f" (no modality reads {unread}{', …' if len(found.unread) > NAMED else ''})" if unread else ""
+    print(f"{total} samples of {size / 1e6:.1f} MB found, {found.ignored} other files left out{why}", file=sys.stderr)
     began = last = time.monotonic()
 
     def progress(done: Built) -> None:
@@ -130,18 +132,49 @@ def _check(args: argparse.Namespace) -> int:
 
     urls = expand(args.shards)
     samples = faults = 0
-    began = time.monotonic()
-    for url in urls:
-        checked = check_shard(url, extensions=extensions, decode=decode, cache=args.cache, cache_gb=args.cache_gb)
+    progress = _CheckProgress(len(urls))
+    for number, url in enumerate(urls):
+        progress.begin(number, samples)
+        checked = check_shard(
+            url, extensions=extensions, decode=decode, cache=args.cache, cache_gb=args.cache_gb, progress=progress
+        )
         for fault in checked.faults:
             print(fault, flush=True)
         without = f", {checked.without} samples without a wanted member" if checked.without else ""
         state = f"{len(checked.faults)} faults" if checked.faults else "good"
         print(f"{checked.url}: {checked.samples} samples{without}, {checked.bytes} bytes: {state}", file=sys.stderr)
         samples, faults = samples + checked.samples, faults + len(checked.faults)
-    rate = samples / max(time.monotonic() - began, 1e-9)
-    print(f"{len(urls)} shards, {samples} samples, {faults} faults ({rate:.0f} samples/s)")
+    print(f"{len(urls)} shards, {samples} samples, {faults} faults ({samples / progress.seconds:.0f} samples/s)")
     return int(faults > 0)
+
+
+class _CheckProgress:
+    """A line every two seconds, also in the middle of a large shard."""
+
+    def __init__(self, shards: int) -> None:
+        self.shards, self.number, self.before = shards, 0, 0
+        self.began = self.last = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.began, 1e-9)
+
+    def begin(self, number: int, samples: int) -> None:
+        """Shard `number` is next; `samples` were checked before."""
+        self.number, self.before = number, samples
+
+    def __call__(self, done: int, of: int) -> None:
+        if time.monotonic() - self.last < REPORT_SECONDS:
+            return
+        self.last = time.monotonic()
+        share, samples = (self.number + done / max(of, 1)) / self.shards, self.before + done
+        left = self.seconds * (1 - share) / max(share, 1e-9)
+        place = f"shard {self.number + 1} of {self.shards}"
+        print(
+            f"{samples} samples, {place}, {samples / self.seconds:.0f}/s, {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _share(text: str) -> float:

@@ -9,10 +9,13 @@ from pathlib import Path
 from bridle.data import index
 from bridle.data.errors import SampleError, ShardError
 from bridle.data.patterns import shown
-from bridle.data.shards import ShardSet, open_shards
+from bridle.data.shards import ShardSet, open_shards, unused
 
 Decode = Callable[[bytes], object]
 """Turns a sample's bytes into anything; its ValueError (ClipError) means a bad sample."""
+
+Progress = Callable[[int, int], None]
+"""Called with the samples of a shard that are done, and with all it has."""
 
 
 @dataclass
@@ -27,7 +30,13 @@ class Checked:
 
 
 def check_shard(
-    url: str, *, extensions: Sequence[str], decode: Decode | None, cache: str | None = None, cache_gb: float = 50.0
+    url: str,
+    *,
+    extensions: Sequence[str],
+    decode: Decode | None,
+    cache: str | None = None,
+    cache_gb: float = 50.0,
+    progress: Progress = lambda done, of: None,
 ) -> Checked:
     """Checks one shard: the tar from end to end, its index, its hash, and with `decode` every sample."""
     checked = Checked(shown(url))
@@ -37,7 +46,10 @@ def check_shard(
     except ShardError as error:
         checked.faults.append(str(error))
         return checked
+    if (fault := unused(shards.shards[0], extensions)) is not None:
+        checked.faults.append(fault)
     for i in range(len(shards)):
+        progress(i, len(shards))
         try:
             sample = shards.read(i)
             _ = sample.about  # parses it

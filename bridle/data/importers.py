@@ -50,7 +50,7 @@ def folder(source: Source) -> Plan:
     for path in files(source.folder):
         relative = path.relative_to(source.folder)
         if extension(path) not in MEDIA:
-            found.ignored += 1
+            found.leave_out(path)
             continue
         about: dict[str, Any] = {"source": relative.as_posix()}
         if len(relative.parts) > 1:

@@ -54,6 +54,16 @@ class Header:
         """Samples that have a member of at least one of `extensions`."""
         return sum(count for kind, count in self.kinds.items() if extensions & set(kind.split("+")))
 
+    def almost(self, extensions: set[str]) -> dict[str, int]:
+        """Samples without any of `extensions` but with a longer one that ends so (``input.jpg``), by that."""
+        found: dict[str, int] = {}
+        for kind, count in self.kinds.items():
+            parts = kind.split("+")
+            longer = next((part for part in parts if "." in part and part.rpartition(".")[2] in extensions), None)
+            if longer is not None and not extensions & set(parts):
+                found[longer] = found.get(longer, 0) + count
+        return found
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -56,6 +56,7 @@ class SampleOrder:
         window: permuted blocks whose samples are then mixed.
         shuffle: false gives the samples in their own order in every epoch.
         sources: of all shards, in their order; none: one source of weight 1.
+        origin: position at which epoch 0 begins.
     """
 
     def __init__(
@@ -66,12 +67,13 @@ class SampleOrder:
         window: int,
         shuffle: bool = True,
         sources: Sequence[Source] = (),
+        origin: int = 0,
     ) -> None:
         if block < 1 or window < 1:
             raise ValueError(f"block {block} and window {window} must be at least 1")
         if min(counts, default=0) < 0 or sum(counts) < 1:
             raise ValueError("no samples to put in order")
-        self.seed, self.block, self.window, self.shuffle = seed, block, window, shuffle
+        self.seed, self.block, self.window, self.shuffle, self.origin = seed, block, window, shuffle, origin
         self._firsts = np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))])
         blocks_of_shard = -(-np.asarray(counts, dtype=np.int64) // block)
         self._first_blocks = np.concatenate([[0], np.cumsum(blocks_of_shard)])
@@ -89,7 +91,7 @@ class SampleOrder:
 
     def begin(self, epoch: int) -> int:
         """First position of an epoch."""
-        return sum(epoch * rate // 1 for rate in self._rates)
+        return self.origin + sum(epoch * rate // 1 for rate in self._rates)
 
     def locate(self, position: int) -> tuple[int, int]:
         """Epoch of a position, and the number of the sample that stands there."""
@@ -109,7 +111,9 @@ class SampleOrder:
 
     def _window_of(self, position: int) -> tuple[int, int, int]:
         """Epoch, number of the window within it, and the window's first position."""
-        epoch = int(position // self.samples_per_epoch)
+        if position < self.origin:
+            raise ValueError(f"position {position} stands before {self.origin}, where this order begins")
+        epoch = int((position - self.origin) // self.samples_per_epoch)
         while self.begin(epoch + 1) <= position:  # what the sources have rounded down so far
             epoch += 1
         begin, starts = self.begin(epoch), self._epoch(epoch).starts

@@ -108,6 +108,9 @@ def open_shards(
         for url, (path, header) in zip(urls, found, strict=True)
     ]
     _refuse_empty(shards, wanted)
+    for shard in shards:
+        if (fault := unused(shard, wanted)) is not None:
+            log.warning("%s", fault)
     return ShardSet(shards, wanted, shard_cache)
 
 
@@ -157,6 +160,18 @@ def _refuse_empty(shards: list[Shard], wanted: tuple[str, ...]) -> None:
     found = f"found only: {', '.join(kinds[:20])}" if kinds else "they hold no samples at all"
     expected = f"with a member of {', '.join(wanted)}" if wanted else "with a media member"
     raise ShardError(f"no sample {expected} in {len(shards)} shards ({names}); {found}")
+
+
+def unused(shard: Shard, wanted: Sequence[str]) -> str | None:
+    """What to say of samples that are not read although they look as if they should be."""
+    found = shard.header.almost(set(wanted))
+    if not found:
+        return None
+    extension, count = max(found.items(), key=lambda item: item[1])
+    return (
+        f"{shown(shard.url)}: {sum(found.values())} samples are not read, such as {count} of '.{extension}': a key ends"
+        f" at the first dot, so that is their extension; rename KEY.{extension} to KEY.{extension.rpartition('.')[2]}"
+    )
 
 
 @dataclass(frozen=True)

@@ -63,14 +63,14 @@ class Stream:
         shards: what to read.
         make: bytes and a generator to named tensors; picklable. Its ValueError (ClipError) means a corrupt sample. The
             generator is its own only until it returns; what it gives depends on (seed, epoch, position) alone.
-        seed, block, window, shuffle: see `SampleOrder`.
+        seed, block, window, shuffle, origin: see `SampleOrder`.
     """
 
     def __init__(
-        self, shards: ShardSet, make: Make, *, seed: int, block: int, window: int, shuffle: bool = True
+        self, shards: ShardSet, make: Make, *, seed: int, block: int, window: int, shuffle: bool = True, origin: int = 0
     ) -> None:
         self.shards, self.make, self.seed = shards, make, seed
-        self.order = SampleOrder(shards.counts, seed, block, window, shuffle, shards.sources)
+        self.order = SampleOrder(shards.counts, seed, block, window, shuffle, shards.sources, origin)
         largest = max(shards.counts)
         if shards.remote_bytes > shards.cache.limit and block < largest:
             log.warning(

@@ -11,8 +11,9 @@ import torch
 from pydantic import Field, model_validator
 
 from bridle.config import Positive
-from bridle.modalities.audio_decode import decode, excerpt, kind_of
-from bridle.modalities.clip import Clip, Limits
+from bridle.modalities.audio_decode import decode, excerpt
+from bridle.modalities.audio_kinds import kind_of
+from bridle.modalities.clip import EXTENSIONS, Clip, Limits
 from bridle.modalities.fbank import FRAMES_PER_SECOND, HOP, SAMPLE_RATE, WINDOW, fbank, frame_count
 from bridle.settings import Settings
 
@@ -57,9 +58,7 @@ class Audio:
 
     name: ClassVar[str] = "audio"
     axes: ClassVar[tuple[str, ...]] = ("time", "frequency")
-    extensions: ClassVar[tuple[str, ...]] = (
-        "flac", "wav", "mp3", "ogg", "oga", "opus", "m4a", "aac", "webm", "mka", "mp4", "mkv", "mov", "avi",
-    )  # fmt: skip
+    extensions: ClassVar[tuple[str, ...]] = EXTENSIONS["audio"]
     settings_class: ClassVar[type[Settings]] = AudioSettings
     channels: ClassVar[int] = 1
 

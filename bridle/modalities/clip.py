@@ -16,6 +16,18 @@ if TYPE_CHECKING:  # a decoder's child process starts without it
     import torch
 
 
+EXTENSIONS: dict[str, tuple[str, ...]] = {
+    "audio": (
+        "flac", "wav", "mp3", "ogg", "oga", "opus", "m4a", "m4b", "aac", "aiff", "aif", "aifc", "caf",
+        "webm", "mka", "mp4", "mkv", "mov", "avi",
+    ),
+    "image": ("jpg", "jpeg", "jfif", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"),
+    "video": ("mp4", "webm", "mkv", "avi", "mov", "m4v"),
+}  # fmt: skip
+"""File name endings (lower case, no dot) by modality, for packing shards and for reading them; of a
+sample's several the first is read."""
+
+
 @dataclass(frozen=True)
 class Clip:
     """One window of content, normalised, at the size a model takes.

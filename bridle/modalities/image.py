@@ -1,4 +1,4 @@
-"""Pictures: JPEG, PNG and WebP become one normalised clip each. Pillow decodes, torchvision resizes."""
+"""Pictures become one normalised clip each: of an animation its first frame. Pillow decodes, torchvision resizes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,29 @@ from typing import Annotated, ClassVar
 import numpy as np
 import torch
 from PIL import Image as Pillow
+from PIL import UnidentifiedImageError
 from pydantic import Field, model_validator
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from bridle.modalities.clip import Clip, ClipError, Limits, TooLargeError, UndecodableError, WrongKindError
+from bridle.modalities.clip import EXTENSIONS, Clip, ClipError, Limits, TooLargeError, UndecodableError, WrongKindError
+from bridle.modalities.image_png import SIGNATURE, pixels_only
 from bridle.settings import Settings
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What Pillow may try. Its other parsers are never reached by a stranger's bytes."""
+
+MAGICS = (b"\xff\xd8\xff", SIGNATURE, b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
+TAKES = "expected a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
+OTHERS = (
+    ("a HEIC picture; convert it to JPEG or PNG", lambda head: head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"mif")),
+    ("a JPEG XL picture; convert it to PNG", lambda head: head.startswith((b"\xff\n", b"\0\0\0\x0cJXL "))),
+    ("a JPEG 2000 picture; convert it to PNG", lambda head: head.startswith((b"\0\0\0\x0cjP  ", b"\xffO\xffQ"))),
+    ("an SVG drawing; draw it to PNG", lambda head: b"<svg" in head),
+    ("a PDF; draw its pages to PNG", lambda head: head.startswith(b"%PDF")),
+    ("a Photoshop file; export it as PNG", lambda head: head.startswith(b"8BPS")),
+)
+"""Kinds that are refused by name."""
 
 DRAFT_MARGIN = 2.0
 """A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the crop then still has this many times the clip's pixels
@@ -36,6 +50,7 @@ _UPRIGHT = {
 }
 _SIDEWAYS = (5, 6, 7, 8)
 
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # on damaged tags, which nothing here reads
 warnings.filterwarnings("error", category=Pillow.DecompressionBombWarning)
 
 Pixels = Annotated[int, Field(gt=0)]
@@ -78,7 +93,7 @@ class Image:
 
     name: ClassVar[str] = "image"
     axes: ClassVar[tuple[str, ...]] = ("height", "width")
-    extensions: ClassVar[tuple[str, ...]] = ("jpg", "jpeg", "png", "webp")
+    extensions: ClassVar[tuple[str, ...]] = EXTENSIONS["image"]
     settings_class: ClassVar[type[Settings]] = ImageSettings
     channels: ClassVar[int] = 3
 
@@ -104,9 +119,10 @@ class Image:
 
     @classmethod
     def recognises(cls, head: bytes) -> bool:
-        """JPEG, PNG or WebP by their first bytes."""
+        """JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF by their first bytes."""
         webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
-        return webp or head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
+        avif = head[4:8] == b"ftyp" and b"avif" in _brands(head)
+        return webp or avif or head.startswith(MAGICS)
 
     def training_clip(self, data: bytes, rng: np.random.Generator) -> Clip:
         """A random resized crop (bicubic, antialiased), flipped left to right at random.
@@ -134,13 +150,14 @@ class Image:
     def _open(self, data: bytes) -> tuple[Pillow.Image, int]:
         """A picture whose header was read and found within the limits, and its EXIF orientation (1 to 8)."""
         if not data:
-            raise UndecodableError("image: the file is empty (0 bytes); expected a JPEG, PNG or WebP")
+            raise UndecodableError(f"image: the file is empty (0 bytes); {TAKES}")
         if len(data) > self.limits.max_bytes:
             raise TooLargeError(
                 f"image: {len(data):,} bytes are above the limit max_bytes = {self.limits.max_bytes:,}; send fewer"
             )
         if not self.recognises(data[:4096]):
-            raise WrongKindError(f"image: found a file that begins {data[:12]!r}, expected a JPEG, PNG or WebP")
+            raise WrongKindError(f"image: found {_named(data)}; {TAKES}")
+        data = pixels_only(data) if data.startswith(SIGNATURE) else data
         with _pillow_errors():
             image = Pillow.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
@@ -149,6 +166,9 @@ class Image:
                 f"image: {width} x {height} pixels are above the limit max_pixels = {self.limits.max_pixels:,}; "
                 "send a smaller picture"
             )
+        if image.mode in ("I", "F"):
+            fix = "save it with 8 or 16 bits a channel"
+            raise WrongKindError(f"image: {image.format} of 32 bits a channel, whose scale no header tells; {fix}")
         if image.format == "PNG":
             with _pillow_errors():
                 image.verify()  # checksums of every chunk: decoding alone skips those of the pixels
@@ -189,8 +209,23 @@ class _pillow_errors:  # noqa: N801  (reads as a statement: with _pillow_errors(
             ) from error
         if isinstance(error, MemoryError):
             raise TooLargeError("image: decoding needs more memory than this process may take") from error
+        if isinstance(error, UnidentifiedImageError):  # whose text shows an object of this program's
+            raise UndecodableError(
+                "image: corrupt or truncated: its header is not one of a picture; replace it"
+            ) from error
         # Pillow's parsers raise SyntaxError, struct.error, zlib.error, IndexError, ... as the bytes provoke.
         raise UndecodableError(f"image: corrupt or truncated ({type(error).__name__}: {error})") from error
+
+
+def _brands(head: bytes) -> bytes:
+    """The brands of an ISO file (ISO 14496-12, ftyp), one after another."""
+    return head[8 : min(int.from_bytes(head[:4], "big"), 256)]
+
+
+def _named(data: bytes) -> str:
+    """What a refused file seems to be."""
+    known = next((name for name, fits in OTHERS if fits(data[:512])), None)
+    return known or f"a file that begins {data[:12]!r}"
 
 
 def check_size(size: tuple[int, ...], patch: tuple[int, ...]) -> None:

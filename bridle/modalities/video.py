@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from bridle.modalities.clip import Clip, Limits
+from bridle.modalities.clip import EXTENSIONS, Clip, Limits
 from bridle.modalities.image import check_size, denormalise, normalise
 from bridle.modalities.isolation import isolated
 from bridle.modalities.video_crop import PLACES, SCALE_PAIRS, Draws
@@ -60,7 +60,7 @@ class Video:
 
     name: ClassVar[str] = "video"
     axes: ClassVar[tuple[str, ...]] = ("time", "height", "width")
-    extensions: ClassVar[tuple[str, ...]] = ("mp4", "webm", "mkv", "avi", "mov", "m4v")
+    extensions: ClassVar[tuple[str, ...]] = EXTENSIONS["video"]
     settings_class: ClassVar[type[Settings]] = VideoSettings
     channels: ClassVar[int] = 3
 

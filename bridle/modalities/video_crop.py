@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -48,12 +50,26 @@ Prepare = Callable[[Any], np.ndarray]
 """From an `av.VideoFrame` to the pixels kept of it, at once, so that no more than one frame is held at full size."""
 
 
+def upright(frame: Any) -> tuple[int, bool]:
+    """How an `av.VideoFrame` becomes what its display matrix says: mirrored left to right or not, then turned
+    anticlockwise by quarters. `frame.rotation` alone takes a mirrored film (a front camera's) for a turned one.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 0, False
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])  # 16.16; (x, y) goes to (a x + c y, b x + d y)
+    mirrored = a * d - b * c < 0
+    if mirrored:
+        a, b = -a, -b
+    return round(-math.degrees(math.atan2(b, a)) / 90) % 4, mirrored
+
+
 class Cropper:
     """Cuts a box out of a frame and scales it to `size` (height, width): the largest centred one, or the drawn one.
 
     FFmpeg's filters do it: the crop only moves pointers, and one pass scales (bilinear, widened where it shrinks, so
     antialiased) and converts to planes of colour (faster than to interleaved RGB, and what a model takes). The frame is
-    turned upright by the container's display matrix.
+    turned, and mirrored, by the container's display matrix.
     """
 
     def __init__(self, size: tuple[int, int], draws: Draws | None = None) -> None:
@@ -63,7 +79,7 @@ class Cropper:
 
     def __call__(self, frame: Any) -> np.ndarray:
         """uint8 [3, H, W], red first, of an `av.VideoFrame`."""
-        turns = round(frame.rotation / 90) % 4
+        turns, mirrored = upright(frame)
         shape = (frame.width, frame.height, frame.format.name, turns % 2, frame.colorspace, frame.color_range)
         if shape != self._shape:  # a stream may change its size
             self._graph, self._shape = self._build(frame, sideways=turns % 2 == 1), shape
@@ -71,7 +87,8 @@ class Cropper:
         scaled = self._graph.pull()
         planes = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in scaled.planes]
         green, blue, red = (plane[: scaled.height, : scaled.width] for plane in planes)
-        pixels = np.rot90(np.stack([red, green, blue]), turns, axes=(1, 2))
+        pixels = np.stack([red, green, blue])
+        pixels = np.rot90(pixels[..., ::-1] if mirrored else pixels, turns, axes=(1, 2))
         return pixels[..., ::-1] if self.draws and self.draws.flip else pixels
 
     def _build(self, frame: Any, *, sideways: bool) -> Any:

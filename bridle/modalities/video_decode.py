@@ -15,7 +15,7 @@ import av
 import numpy as np
 
 from bridle.modalities.clip import ClipError, Limits, TooLargeError, UndecodableError, WrongKindError
-from bridle.modalities.video_crop import Cropper, Draws, Frame, Prepare
+from bridle.modalities.video_crop import Cropper, Draws, Frame, Prepare, upright
 from bridle.settings import Settings
 
 CODECS = ("h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v3", "mjpeg")
@@ -159,6 +159,13 @@ class PyAVSource:
             if held is None:
                 raise UndecodableError("video: no frame could be decoded; the file is corrupt or truncated")
             yield Frame(held[0], held[1], held[1] + clock.last, held[2])
+
+    def mirrored(self) -> bool:
+        """Whether the display matrix mirrors the film, by its first frame."""
+        container, stream = self._open()
+        with container:
+            first = next(self._decode(stream, iter(self.packets)), None)
+            return first is not None and upright(first)[1]
 
     def _open(self) -> tuple[Any, Any]:
         """A fresh container and its picture stream, checked against the codec list and ready to decode."""

@@ -30,6 +30,8 @@ class DecordSource:
             raise WrongKindError(f"video: decord is not exact on {found[1]} in {found[0]}; set clip.decoder: pyav")
         if any(packet.is_discard for packet in checked.packets):
             raise WrongKindError("video: decord ignores the file's edit list; set clip.decoder: pyav")
+        if checked.mirrored():
+            raise WrongKindError("video: decord does not mirror as the display matrix says; set clip.decoder: pyav")
         if _has_open_groups(checked.packets):
             raise WrongKindError("video: decord gives wrong frames in open groups of pictures; set clip.decoder: pyav")
         try:

@@ -27,6 +27,8 @@ from bridle.modeling.bridle import Components, parameter_count
 from bridle.modeling.encoder import Encoder
 from bridle.modeling.tokenizer import Tokenizer
 from bridle.settings import RecipeError
+from bridle.training.begun_with import NAME as DATA
+from bridle.training.begun_with import BegunWith
 from bridle.training.checkpoints import (
     PhaseCheckpoints,
     Position,
@@ -66,6 +68,7 @@ class PretrainingRun:
         stop: StopRequest,
         lock: RunLock,
         store: RemoteRun | None = None,
+        allow_new_data: bool = False,
     ) -> None:
         """folder: the run's, or the working folder of one that is in a `store`.
 
@@ -85,7 +88,8 @@ class PretrainingRun:
         self.heldout = self._open([DataSource(shards=recipe.data.heldout)]) if recipe.data.heldout else None
         if store is not None:
             ranks.on_first(store.fetch)
-        ranks.on_first(lambda: check_same_recipe(folder, recipe))
+        ranks.on_first(lambda: check_same_recipe(folder, recipe, any_data=allow_new_data or (folder / DATA).is_file()))
+        self.begun_with = BegunWith(folder, self.shards, self.heldout, ranks, allow_new=allow_new_data)
 
     def run(self) -> None:
         """Trains whatever is not yet trained and leaves `models/final`.
@@ -94,6 +98,7 @@ class PretrainingRun:
             StoppedError: asked to stop; whatever took long is saved, and the same command goes on from there.
         """
         standing, run_log = self._find_standing(), None
+        self.begun_with.settle(standing, [phase.kind for phase in self.recipe.phases])
         self.ranks.on_first(self._describe)
         if self.ranks.first:
             run_log = RunLog(self.folder, self.recipe.train.prometheus_port)
@@ -152,12 +157,11 @@ class PretrainingRun:
         """A seed of its own for each component of each phase."""
         return (self.recipe.seed * 1_000 + index) * 10 + part
 
-    def _stream(self, index: int, masked: bool) -> Stream:
+    def _stream(self, index: int, masked: bool, origin: int = 0) -> Stream:
         data = self.recipe.data
         make = MakeClip(self.modality, self.recipe.mask if masked else None, augment=True)
-        return Stream(
-            self.shards, make, seed=self._seed(index, 0), block=data.shuffle_block, window=data.shuffle_window
-        )
+        seed, block, window = self._seed(index, 0), data.shuffle_block, data.shuffle_window
+        return Stream(self.shards, make, seed=seed, block=block, window=window, origin=origin)
 
     def _heldout_stream(self, masked: bool) -> Stream | None:
         if self.heldout is None:
@@ -218,7 +222,7 @@ class PretrainingRun:
             run_log.forget_after(index, position.step)
             log.info("[%d %s] %s; from step %d", index, job.kind, sizes, position.step)
         self._stop_if_asked()
-        stream = self._stream(index, job.masked)
+        stream = self._stream(index, job.masked, self.begun_with.first_position(index, position.samples))
         length = Length.of(phase, float(stream.order.samples_per_epoch), self.recipe.train.batch_size)
         position = PhaseRun(
             index, phase, job, engine, stream, self._heldout_stream(job.masked), length,
@@ -278,6 +282,7 @@ class PretrainingRun:
             aside.write_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
         write_json(self.folder / "ds_config.json", self.ds_config)
         write_json(self.folder / "environment.json", environment(self.ranks))
+        self.begun_with.write()
 
 
 def last_of(recipe: Recipe, index: int, kind: type) -> int | None:

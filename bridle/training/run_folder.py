@@ -20,6 +20,8 @@ FREE_TO_CHANGE = {
     "train.checkpoint_every", "train.evaluate_every", "train.evaluate_clips", "train.prometheus_port",
 }  # fmt: skip
 """Settings that change neither the order of the data nor the mathematics: a resumed run may have others."""
+DATA_NAMES = ("data.shards", "data.sources", "data.heldout")
+"""Settings that `BegunWith` judges by what they lead to, so that shards may be moved."""
 
 
 def export_model(run: Path, phase_index: int, target: Path) -> None:
@@ -73,8 +75,8 @@ def read_run_recipe(run: Path) -> Recipe:
     return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def check_same_recipe(run: Path, recipe: Recipe) -> None:
-    """Refuses to go on with other science than the run began with.
+def check_same_recipe(run: Path, recipe: Recipe, any_data: bool = False) -> None:
+    """Refuses to go on with other science than the run began with; with `any_data`, not for names of shards.
 
     Raises:
         RecipeError: names the first settings that differ.
@@ -83,7 +85,7 @@ def check_same_recipe(run: Path, recipe: Recipe) -> None:
         return
     before, now = flatten(read_run_recipe(run).model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    changed = [key for key in changed if key not in FREE_TO_CHANGE]
+    changed = [key for key in changed if key not in FREE_TO_CHANGE and not (any_data and key.startswith(DATA_NAMES))]
     if changed:
         shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in changed[:3])
         raise RecipeError(

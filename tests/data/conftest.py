@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from shard_inputs import MakeTar, write_tar
+from shard_inputs import MakeTar, Tree, write_tar
 
 
 @pytest.fixture
@@ -18,3 +18,17 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing lands in the user's cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
     return tmp_path / "cache-home" / "bridle"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    """A folder of files."""
+
+    def write(files: dict[str, bytes]) -> Path:
+        root = tmp_path / "source"
+        for name, content in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content)
+        return root
+
+    return write

@@ -3,52 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from shard_inputs import Tree, build, clips, samples
 
 from bridle.cli import main
 from bridle.data import index
 from bridle.data.errors import ShardError
 from bridle.data.importers import Source, plan
-from bridle.data.shards import Sample, open_shards
-
-Tree = Callable[[dict[str, bytes]], Path]
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Tree:
-    """A folder of files."""
-
-    def write(files: dict[str, bytes]) -> Path:
-        root = tmp_path / "source"
-        for name, content in files.items():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_bytes(content)
-        return root
-
-    return write
-
-
-def build(kind: str, source: Path, target: Path, *options: str) -> int:
-    return main(["shards", "build", "--kind", kind, str(source), str(target), *options])
-
-
-def samples(target: Path, extension: str = "wav") -> dict[str, Sample]:
-    shards = open_shards([f"{target}/*.tar"], extensions=[extension])
-    read = [shards.read(i) for i in range(len(shards))]
-    assert len({sample.key for sample in read}) == len(read)
-    return {sample.key: sample for sample in read}
-
-
-def clips(count: int, size: int = 1000) -> dict[str, bytes]:
-    return {f"{'ab'[i % 2]}/clip_{i}.wav": os.urandom(size) for i in range(count)}
+from bridle.data.shards import open_shards
 
 
 def test_folder_keeps_bytes_labels_and_sources(tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,112 +226,6 @@ def test_check_decodes_with_a_modality(tree: Tree, tmp_path: Path, capsys: pytes
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2 and f"{out}/shard-000000.tar: sample 'bad/b' (flac): " in told[0]
     assert main(["shards", "check", f"{out}/*.tar"]) == 0
-
-
-def test_another_source_never_takes_the_place_of_a_first(
-    tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first, out = tree(clips(30)), tmp_path / "out"
-    assert build("folder", first, out, "--samples-per-shard", "7") == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    second = tmp_path / "second"
-    (second / "x").mkdir(parents=True)
-    (second / "x" / "one.wav").write_bytes(b"1")
-    (second / "x" / "two.wav").write_bytes(b"2")
-    capsys.readouterr()
-    assert build("folder", second, out) == 1
-    (line,) = capsys.readouterr().err.splitlines()[2:]
-    assert f"holds shards of another source (folder {first}) than this one (folder {second}); choose an empty" in line
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-
-    assert build("folder", second, out, "--overwrite") == 0
-    assert sorted(samples(out)) == ["x/one", "x/two"]
-    assert len(list(out.glob("*.index"))) == 1
-
-
-def test_the_same_names_and_sizes_of_another_source_are_not_taken_for_the_first(tree: Tree, tmp_path: Path) -> None:
-    first, out, second = tree({"a.wav": b"11"}), tmp_path / "out", tmp_path / "second"
-    assert build("folder", first, out) == 0
-    second.mkdir()
-    (second / "a.wav").write_bytes(b"22")
-    assert build("folder", second, out) == 1
-    assert build("folder", second, out, "--overwrite") == 0
-    assert samples(out)["a"].data == b"22"
-
-
-def test_a_source_that_lost_files_replaces_nothing(
-    tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root, out = tree(clips(30)), tmp_path / "out"
-    assert build("folder", root, out) == 0
-    for path in sorted(root.rglob("*.wav"))[:20]:
-        path.unlink()
-    assert build("folder", root, out) == 1
-    assert "was built of 30 samples, but" in capsys.readouterr().err and len(samples(out)) == 30
-    assert build("folder", root, out, "--overwrite") == 0
-    assert len(samples(out)) == 10
-
-
-def test_shards_of_an_unknown_source_are_kept_where_they_are_the_same_and_refused_where_not(
-    tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root, out = tree({"a.wav": b"11", "b.wav": b"2"}), tmp_path / "out"
-    assert build("folder", root, out) == 0
-    (out / "source.json").unlink()
-    assert build("folder", root, out) == 0
-    (out / "source.json").unlink()
-    (root / "b.wav").write_bytes(b"longer")
-    assert build("folder", root, out) == 1
-    assert "holds shards of a source that is not known (shard-000000.tar has other samples)" in capsys.readouterr().err
-    assert samples(out)["b"].data == b"2"
-
-
-def test_a_file_edited_in_place_reaches_its_shard(tree: Tree, tmp_path: Path) -> None:
-    root, out = tree({"a.wav": b"11", "b.wav": b"22"}), tmp_path / "out"
-    assert build("folder", root, out) == 0
-    (root / "a.wav").write_bytes(b"33")
-    assert build("folder", root, out) == 0
-    assert samples(out)["a"].data == b"33"
-
-
-def test_heldout_takes_the_share_of_every_label_and_whole_groups(
-    tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = {f"{label}/{i}.wav": f"{label}{i}".encode() for label in "abcd" for i in range(40)}
-    files |= {f"talk/day_{day}/{i}.wav": f"{day} {i}".encode() for day in range(20) for i in range(4)}
-    root, out = tree(files), tmp_path / "out"
-    assert build("folder", root, out, "--heldout", "0.1", "--samples-per-shard", "50") == 0
-    train, heldout = samples(out), samples(out / "heldout")
-    assert {key: sample.data for key, sample in (train | heldout).items()} == {
-        name.removesuffix(".wav"): content for name, content in files.items()
-    }
-    assert not train.keys() & heldout.keys() and len(heldout) == 24
-    for label in "abcd":
-        assert sum(key.startswith(f"{label}/") for key in heldout) == 4
-    days = [{key.split("/")[1] for key in part if key.startswith("talk/")} for part in (train, heldout)]
-    assert len(days[1]) == 2 and not days[0] & days[1]
-    assert f"--data '{out}/*.tar' --heldout '{out}/heldout/*.tar'" in capsys.readouterr().err
-    assert build("folder", root, out) == 1  # the held-out clips would go into the training shards
-    assert f"another source (folder {root} --heldout 0.1) than this one (folder {root})" in capsys.readouterr().err
-
-
-def test_heldout_keeps_recordings_of_esc50_together(tree: Tree, tmp_path: Path) -> None:
-    names = [f"1-{recording}-{take}-0.wav" for recording in range(20) for take in "ABC"]
-    table = "filename,fold,target,category\n" + "".join(f"{name},1,0,dog\n" for name in names)
-    root = tree({"meta/esc50.csv": table.encode(), **{f"audio/{name}": name.encode() for name in names}})
-    assert build("esc50", root, tmp_path / "out", "--heldout", "0.2") == 0
-    train, heldout = samples(tmp_path / "out"), samples(tmp_path / "out" / "heldout")
-    assert (len(train), len(heldout)) == (48, 12)
-    assert not {key.split("-")[1] for key in train} & {key.split("-")[1] for key in heldout}
-
-
-def test_a_few_clips_still_hold_one_out(tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = tree(clips(4))
-    assert build("folder", root, tmp_path / "out", "--heldout", "0.01") == 0
-    assert (len(samples(tmp_path / "out")), len(samples(tmp_path / "out" / "heldout"))) == (3, 1)
-    with pytest.raises(SystemExit):
-        build("folder", root, tmp_path / "other", "--heldout", "0.6")
-    assert "'0.6' is not a share above 0 and at most 0.5" in capsys.readouterr().err
 
 
 def test_index_command_writes_hashes(tree: Tree, tmp_path: Path) -> None:

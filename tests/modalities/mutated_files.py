@@ -2,8 +2,8 @@
 
     python tests/modalities/mutated_files.py [--count 500] [--seed 0]
 
-Each kind of file (JPEG, PNG, WebP; mp4, mkv, webm, avi) is damaged `count` times and tokenized: pictures in this
-process, videos in the isolated child. A crash of this process, or a file over its time, is a failure.
+Each kind of file is damaged `count` times and tokenized: sounds and pictures in this process, videos in the isolated
+child. A crash of this process, or a file over its time, is a failure.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from encoded_audio import encode, tone
 from encoded_video import encode_video, frame_picture
 from PIL import Image
 
@@ -32,12 +33,17 @@ VIDEOS: dict[str, dict[str, Any]] = {
     "webm": {"container": "webm", "codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},
     "avi": {"container": "avi", "codec": "mpeg4"},
 }
-PICTURES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+PICTURES = {
+    "jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tif": "TIFF", "avif": "AVIF",
+}  # fmt: skip
+SOUNDS = ("wav", "aiff", "caf", "flac", "mp3", "ogg", "opus", "m4a", "aac", "webm", "mka")
 LIMITS = Limits(max_pixels=4_000_000, max_frames=2000, max_seconds=600)
 
 
 def original(kind: str) -> bytes:
     """A sound file of the kind."""
+    if kind in SOUNDS:
+        return encode(tone(2.0), 16_000, kind)
     if kind in VIDEOS:
         return encode_video(24, **VIDEOS[kind])
     buffer = io.BytesIO()
@@ -66,6 +72,8 @@ def modality_for(kind: str) -> Modality:
     """Tokenizes small clips within `LIMITS`."""
     if kind in PICTURES:
         return build_modality("image", {"size": [32, 32]}, LIMITS)
+    if kind in SOUNDS:
+        return build_modality("audio", {"seconds": 1.0}, LIMITS)
     clip = {"frames": 8, "stride": 2, "size": [32, 32], "decode_seconds": 10.0, "decode_memory_mb": 1024}
     return build_modality("video", clip, LIMITS)
 
@@ -78,7 +86,7 @@ def outcomes(modality: Modality, files: Iterable[bytes]) -> tuple[Counter[str], 
         begin = time.monotonic()
         try:
             for window in modality.windows(data):
-                assert window.values.shape[0] == 3 and torch.isfinite(window.values).all()
+                assert window.values.shape[0] == modality.channels and torch.isfinite(window.values).all()
             modality.training_clip(data, np.random.default_rng(number))
             found["clips"] += 1
         except ClipError as error:
@@ -99,7 +107,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    for kind in (*PICTURES, *VIDEOS):
+    for kind in (*SOUNDS, *PICTURES, *VIDEOS):
         found, longest = outcomes(modality_for(kind), mutants(original(kind), arguments.count, arguments.seed))
         childs = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()
         peaks = ", ".join(f"{peak_mb(int(pid))} MB in the child" for pid in childs)

@@ -142,6 +142,29 @@ def test_rotation_of_the_display_matrix_is_applied() -> None:
     assert np.abs(turned - np.rot90(upright, 1)).mean() > 10
 
 
+MIRRORS = {
+    "left and right": ((-1, 0, 0, 1), lambda frame: frame[:, ::-1]),
+    "up and down": ((1, 0, 0, -1), lambda frame: frame[::-1]),
+    "over the diagonal": ((0, 1, 1, 0), lambda frame: frame.swapaxes(0, 1)),
+    "over the other diagonal": ((0, -1, -1, 0), lambda frame: frame[::-1, ::-1].swapaxes(0, 1)),
+}
+"""a, b, c, d of the display matrix: (x, y) is shown at (a x + c y, b x + d y)."""
+
+
+@pytest.mark.parametrize("which", MIRRORS)
+def test_a_display_matrix_that_mirrors_is_applied(which: str) -> None:
+    """Front cameras write such films."""
+    (a, b, c, d), shown = MIRRORS[which]
+    data = bytearray(encode_video(4, size=(64, 64)))
+    stored = first_window(bytes(data), size=[64, 64])[0].astype(int)
+    matrix = data.index(b"tkhd") + 4 + 40
+    data[matrix : matrix + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    found = first_window(bytes(data), size=[64, 64])[0].astype(int)
+    assert np.abs(found - shown(stored)).mean() < 1
+    with pytest.raises(WrongKindError, match="decord does not mirror"):
+        DecordSource(bytes(data), PyAVSource(bytes(data), Limits()))
+
+
 def test_rotated_video_is_cropped_to_the_clips_own_shape() -> None:
     data = bytearray(encode_video(4, size=(64, 96)))
     matrix = data.index(b"tkhd") + 4 + 40

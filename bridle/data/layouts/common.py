@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,11 +14,10 @@ from typing import Any
 from bridle.data.errors import ShardError
 from bridle.data.origin import Origin
 from bridle.data.writer import Planned
+from bridle.modalities.clip import EXTENSIONS
 from bridle.settings import nearest
 
-AUDIO = {"wav", "flac", "mp3", "ogg", "oga", "opus", "m4a", "aac", "webm"}
-IMAGE = {"jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff"}
-VIDEO = {"mp4", "mkv", "avi", "mov", "webm", "m4v", "mpg", "mpeg"}
+AUDIO, IMAGE, VIDEO = (frozenset(EXTENSIONS[modality]) for modality in ("audio", "image", "video"))
 MEDIA = AUDIO | IMAGE | VIDEO
 SPLITS = {
     "train": "train", "training": "train",
@@ -29,7 +29,8 @@ SPLITS = {
 
 @dataclass
 class Plan:
-    """samples to write; missing: named by the data set but not there, or empty; ignored: files it does not name.
+    """samples to write; missing: named by the data set but not there, or empty; ignored: files it does not name;
+    unread: how many of these have which extension, where no modality reads it.
 
     origin: what it is a plan of.
     """
@@ -37,6 +38,7 @@ class Plan:
     samples: list[Planned] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     ignored: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
     origin: Origin = field(default_factory=Origin)
 
     def add(self, key: str, path: Path, about: dict[str, Any], group: str = "") -> None:
@@ -47,6 +49,12 @@ class Plan:
             self.samples.append(Planned(clean, path, extension(path), size, about, group))
         else:
             self.missing.append(about["source"])
+
+    def leave_out(self, path: Path) -> None:
+        """One more file that does not belong."""
+        self.ignored += 1
+        if extension(path) not in MEDIA:
+            self.unread[extension(path) or "no extension"] += 1
 
     def group_by_folder(self) -> None:
         """Files of one folder below their label's are a group, if the label has several such folders."""

@@ -62,7 +62,7 @@ def _by_table(segments: list[tuple[int, Segment]], table: Path, root: Path) -> P
         if extension(path) in VIDEO:
             named.setdefault(path.stem, []).append(path)
         else:
-            found.ignored += 1
+            found.leave_out(path)
     segments_of = Counter(video for video, _, _ in {(s.video, s.start, s.end) for _, s in segments})
     used: set[Path] = set()
     for line, segment in segments:
@@ -93,7 +93,7 @@ def _by_folders(root: Path) -> Plan:
     found = Plan()
     for path in files(root):
         if extension(path) not in VIDEO:
-            found.ignored += 1
+            found.leave_out(path)
             continue
         label = "" if path.parent == root else path.parent.name
         named = NAMED.fullmatch(path.stem)

@@ -23,7 +23,7 @@ def imagefolder(source: Source) -> Plan:
         if extension(path) in IMAGE:
             images.append(path)
         else:
-            found.ignored += 1
+            found.leave_out(path)
     if source.table is not None:
         _labelled_by(Labels(source.table), root, images, found)
         return found
@@ -45,7 +45,7 @@ def _labelled_by(labels: Labels, root: Path, images: list[Path], found: Plan) ->
     for path in images:
         label = labels.take(path)
         if label is None:
-            found.ignored += 1
+            found.leave_out(path)
             continue
         relative = path.relative_to(root)
         found.add(relative.with_suffix("").as_posix(), path, {"label": label, "source": relative.as_posix()})
