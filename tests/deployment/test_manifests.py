@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import importlib.util
 import re
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from cloudcoil.models.prometheus_operator import v1 as monitoring
 from kubeflow_trainer_api import models as trainer
 from manifests import ROOT, Manifest, environment_of, expanded, find, kustomizations, needs_kubectl, pods_of, rendered
 
+from bridle.cli import COMMANDS
 from bridle.config import load_recipe
 from bridle.pretrain import overrides, parse
 from bridle.training.engine import read_ds_config, resolve_ds_config, split_batch
@@ -199,6 +202,24 @@ def test_a_run_starts_with_what_its_manifest_says(folder: str, monkeypatch: pyte
         assert recipe.data.cache_gb * 1e9 < manifest_lint.quantity(cache)
         gpus = int(container["resources"].get("limits", {}).get("nvidia.com/gpu", environment["PET_NPROC_PER_NODE"]))
         assert gpus == int(environment["PET_NPROC_PER_NODE"] or 0)
+
+
+@pytest.mark.parametrize("folder", kustomizations())
+def test_the_commands_of_other_pods_parse(folder: str) -> None:
+    """`bridle COMMAND` with its arguments; where the work is shared out, as many parts as there are pods."""
+    manifests = rendered(folder)
+    for pods in pods_of(manifests):
+        for container in pods.containers:
+            program, command, *rest = container["command"]
+            assert program == "bridle" and command in COMMANDS
+            environment = environment_of(container, manifests)
+            filled = {name: value or "0" for name, value in environment.items()}
+            if command not in ("launch", "serve"):
+                parser = argparse.ArgumentParser()
+                importlib.import_module(f"bridle.commands.{command.replace('-', '_')}").add_arguments(parser)
+                parser.parse_args([*rest, *expanded(container.get("args", []), dict(filled))])
+            for name in {"PARTS", "JOB_COMPLETIONS"} & environment.keys():
+                assert pods.job is not None and environment[name] == str(pods.job["completions"])
 
 
 @pytest.mark.parametrize("folder", OVERLAYS)
