@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | clean | lock | lock-cpu | dashboards. Each does all the set-up it needs; needs Python >= 3.11 and a C compiler.
+# make setup | demo | test | lint | clean | lock | mutants | lock-cpu | dashboards. Each does all the set-up it needs; needs Python >= 3.11 and a C compiler.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ DEMO_CLIP := $(DEMO)/clip.ogg
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint ruff format-check types clean lock lock-cpu dashboards
+.PHONY: setup demo test lint ruff format-check types clean lock mutants lock-cpu dashboards
 
 setup: $(INSTALLED)
 
@@ -50,6 +50,14 @@ format-check: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+# Faults put in on purpose: do the nearest tests notice? Tens of minutes; MUTANTS='--count 200' for more.
+mutants: $(INSTALLED)
+	$(PYTHON) -m venv $(VENV)-mutants
+	$(VENV)-mutants/bin/python -m pip install --quiet 'cosmic-ray>=8.3,<9'
+	echo '$(abspath $(VENV))/lib/python'$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')'/site-packages' > \
+		$$($(VENV)-mutants/bin/python -c 'import site; print(site.getsitepackages()[0])')/of-bridle.pth
+	OMP_NUM_THREADS=1 $(VENV)-mutants/bin/python tools/mutants.py $(MUTANTS)
 
 # Leaves runs/ alone: that is somebody's work.
 clean:

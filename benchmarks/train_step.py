@@ -59,7 +59,7 @@ def step_of(job: PhaseJob, inputs: dict[str, torch.Tensor], bf16: bool) -> Calla
 
     def step() -> None:
         with torch.autocast(job.device.type, torch.bfloat16, enabled=bf16):
-            loss, _, codes = job.module(*job.inputs(inputs))
+            loss, _, codes, *_ = job.module(*job.inputs(inputs))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

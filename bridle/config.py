@@ -57,7 +57,9 @@ class EstimatorSettings(Settings):
     """The tokenizer estimator, from quantized latents to the encoder's embeddings; it has the encoder's width."""
 
     depth: Positive = 3
-    """Number of transformer blocks."""
+    """Number of blocks."""
+    attention: bool = True
+    """Transformer blocks (the paper's), or residual perceptrons that see one position at a time (as in Eq. 6)."""
 
 
 class QuantizerSettings(Settings):
@@ -212,15 +214,40 @@ class EncoderPhase(TrainedPhase):
     kind: Literal["encoder"]
     init: Literal["continue", "scratch"] = "continue"
     """Start from the previous encoder phase's weights, or afresh."""
+    soft_codes: Positive = 1
+    """Nearest codes of each stage that share the target evenly; 1: only the nearest, as in Eq. 4."""
 
 
 class TokenizerPhase(TrainedPhase):
     """Eqs. 5-7: a fresh tokenizer and estimator learn from the frozen encoder."""
 
     kind: Literal["tokenizer"]
+    target: Literal["raw", "standardized"] = "raw"
+    """What the estimator predicts: the encoder's embeddings e (Eq. 6), or (e - mu) / sigma of each feature, with mu and
+    sigma over the phase's first batches; raw embeddings share a large part, which small models settle on."""
+    init: Literal["scratch", "teacher"] = "scratch"
+    """Start the tokenizer's encoder afresh, or from the weights of the encoder it learns from."""
 
 
-Phase = Annotated[ColdStartPhase | EncoderPhase | TokenizerPhase, Field(discriminator="kind")]
+class JointPhase(TrainedPhase):
+    """Eq. 8: all four components in one phase, each half learning from the other as it is at that step."""
+
+    kind: Literal["joint"]
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    """Weight of the tokenizer's loss beside the encoder's."""
+    tokenizer_every: Positive = 5
+    """Steps of the encoder to one of the tokenizer, whose weights and codebooks rest in between."""
+    teacher: Literal["slow", "current"] = "slow"
+    """Whose embeddings the tokenizer learns: a slow copy of the encoder, or the encoder itself."""
+    teacher_decay: Ratio = 0.99
+    """What a slow copy keeps of itself at each step of the tokenizer."""
+    target: Literal["raw", "standardized"] = "standardized"
+    """As a tokenizer phase's; mean and deviation follow the encoder."""
+    init: Literal["continue", "scratch"] = "continue"
+    """Start encoder and tokenizer from the phases before, where there are any, or afresh."""
+
+
+Phase = Annotated[ColdStartPhase | EncoderPhase | TokenizerPhase | JointPhase, Field(discriminator="kind")]
 
 
 class Recipe(Settings):
@@ -242,35 +269,28 @@ class Recipe(Settings):
     def _phases_follow_each_other(self) -> Recipe:
         seen: set[str] = set()
         for i, phase in enumerate(self.phases):
-            if phase.kind == "encoder" and not seen & {"cold_start", "tokenizer"}:
+            if phase.kind == "encoder" and not seen & {"cold_start", "tokenizer", "joint"}:
                 raise ValueError(f"phases.{i} is an encoder phase without a tokenizer before it; begin with cold_start")
-            if phase.kind == "tokenizer" and "encoder" not in seen:
+            if phase.kind == "joint" and "cold_start" not in seen:
+                raise ValueError(f"phases.{i} is a joint phase without a cold start before it to compare with")
+            if phase.kind == "tokenizer" and not seen & {"encoder", "joint"}:
                 raise ValueError(f"phases.{i} is a tokenizer phase without an encoder before it to learn from")
             seen.add(phase.kind)
         return self
 
 
 SIZES: dict[str, dict[str, dict[str, int]]] = {
-    "tiny": {
-        "encoder": {"width": 96, "depth": 4, "heads": 3},
-        "decoder": {"width": 64, "depth": 2, "heads": 2},
-        "estimator": {"depth": 1},
-    },
-    "small": {
-        "encoder": {"width": 384, "depth": 12, "heads": 6},
-        "decoder": {"width": 256, "depth": 8, "heads": 8},
-        "estimator": {"depth": 3},
-    },
-    "base": {
-        "encoder": {"width": 768, "depth": 12, "heads": 12},
-        "decoder": {"width": 512, "depth": 16, "heads": 16},
-        "estimator": {"depth": 3},
-    },
-    "large": {
-        "encoder": {"width": 1024, "depth": 24, "heads": 16},
-        "decoder": {"width": 512, "depth": 16, "heads": 16},
-        "estimator": {"depth": 3},
-    },
+    name: {
+        "encoder": {"width": encoder[0], "depth": encoder[1], "heads": encoder[2]},
+        "decoder": {"width": decoder[0], "depth": decoder[1], "heads": decoder[2]},
+        "estimator": {"depth": estimator},
+    }
+    for name, encoder, decoder, estimator in (
+        ("tiny", (96, 4, 3), (64, 2, 2), 1),
+        ("small", (384, 12, 6), (256, 8, 8), 3),
+        ("base", (768, 12, 12), (512, 16, 16), 3),
+        ("large", (1024, 24, 16), (512, 16, 16), 3),
+    )
 }
 """What `model.size` stands for; keys given beside it win."""
 

@@ -141,14 +141,25 @@ class BridleModel:
         }
 
     @torch.inference_mode()
-    def codes(self, values: Tensor) -> Tensor:
-        """Normalised clips ``[B, C, *S]`` to int64 codes ``[B, N, M]``, on the model's device."""
-        return self.tokenizer.codes(self._placed(values))
+    def codes(self, values: Tensor, valid: Sequence[int] | None = None) -> Tensor:
+        """Normalised clips ``[B, C, *S]`` to int64 codes ``[B, N, M]``, on the model's device.
+
+        valid: positions of each clip that are content (`Clip.positions`); the padding behind them changes no code
+        before it, and its own codes mean nothing. None: all N.
+        """
+        return self.tokenizer.codes(self._placed(values), self._valid(values, valid))
 
     @torch.inference_mode()
-    def embed(self, values: Tensor) -> Tensor:
-        """Normalised clips ``[B, C, *S]`` to the encoder's patch embeddings, float32 ``[B, N, width]``."""
-        return self.encoder.embeddings(self._placed(values)).float()
+    def embed(self, values: Tensor, valid: Sequence[int] | None = None) -> Tensor:
+        """Normalised clips ``[B, C, *S]`` to the encoder's patch embeddings, float32 ``[B, N, width]``; valid: as in
+        `codes`."""
+        return self.encoder.embeddings(self._placed(values), self._valid(values, valid)).float()
+
+    @torch.inference_mode()
+    def latents(self, values: Tensor, valid: Sequence[int] | None = None) -> Tensor:
+        """Normalised clips ``[B, C, *S]`` to the tokenizer's latents before quantization, ``[B, N, d]``; valid: as in
+        `codes`."""
+        return self.tokenizer.latents(self._placed(values), self._valid(values, valid))
 
     @torch.inference_mode()
     def dequantize(self, codes: Tensor) -> Tensor:
@@ -171,7 +182,7 @@ class BridleModel:
         clips: list[Clip] = []
         codes: list[Tensor] = []
         for batch in batched(self.modality.windows(self._read(source)), CLIPS_AT_ONCE):
-            codes += self.codes(torch.stack([clip.values for clip in batch])).cpu().unbind(0)
+            codes += self.codes(*stacked(batch)).cpu().unbind(0)
             clips += [without_values(clip) for clip in batch]
         return CodeStream.from_windows(self.config.modality, self.config.quantizer.codebook_size, clips, codes)
 
@@ -184,7 +195,7 @@ class BridleModel:
         clips: list[Clip] = []
         embeddings: list[Tensor] = []
         for batch in batched(self.modality.windows(self._read(source)), CLIPS_AT_ONCE):
-            embeddings += self.embed(torch.stack([clip.values for clip in batch])).cpu().unbind(0)
+            embeddings += self.embed(*stacked(batch)).cpu().unbind(0)
             clips += [without_values(clip) for clip in batch]
         return CodeStream.from_windows(
             self.config.modality, self.config.quantizer.codebook_size, clips, embeddings
@@ -192,6 +203,12 @@ class BridleModel:
 
     def _placed(self, values: Tensor) -> Tensor:
         return values.to(device=self.device, dtype=self.encoder.embed.weight.dtype)
+
+    def _valid(self, values: Tensor, valid: Sequence[int] | None) -> Tensor | None:
+        """On the model's device; none where nothing is padded, so that attention needs no mask."""
+        if valid is None or min(valid) >= self.encoder.patch.count(values):
+            return None
+        return torch.tensor(list(valid), dtype=torch.int64).to(self.device)
 
     def _read(self, source: bytes | str | Path) -> bytes:
         if isinstance(source, bytes):
@@ -213,6 +230,11 @@ def batched(clips: Iterable[Clip], count: int) -> Iterable[list[Clip]]:
             batch = []
     if batch:
         yield batch
+
+
+def stacked(clips: Sequence[Clip]) -> tuple[Tensor, list[int]]:
+    """Values ``[B, C, *S]`` of clips and their positions of content: what `BridleModel.codes` and `embed` take."""
+    return torch.stack([clip.values for clip in clips]), [clip.positions for clip in clips]
 
 
 def without_values(clip: Clip) -> Clip:

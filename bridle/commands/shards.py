@@ -1,4 +1,4 @@
-"""`bridle shards build|index|check`."""
+"""`bridle shards build|index|check|stats`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bridle.commands import shard_stats
 from bridle.data import index
 from bridle.data.build import Built, build
 from bridle.data.cache import ShardCache
@@ -18,15 +19,15 @@ from bridle.data.origin import HELDOUT
 from bridle.data.patterns import expand, is_remote, shown
 from bridle.data.writer import write_index
 
-HELP = "build shards from a data set, index them, or check them"
+HELP = "build shards from a data set, index them, check them, or tell what is in them"
 NAMED = 5
 REPORT_SECONDS = 2.0
 JOBS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The three actions and their options."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="build|index|check")
+    """The actions and their options."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="build|index|check|stats")
     making = actions.add_parser("build", help="pack a data set into tar shards")
     making.add_argument("--kind", required=True, choices=sorted(IMPORTERS), help="layout of SRC (see docs/data.md)")
     making.add_argument("src", type=Path, help="folder of the data set")
@@ -54,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     indexing = actions.add_parser("index", help="build the index, with sha256, of each shard")
     checking = actions.add_parser("check", help="read every sample and report what is wrong")
     checking.add_argument("--modality", metavar="NAME", help="also decode every sample as audio, image or video")
-    for action in (indexing, checking):
+    telling = actions.add_parser("stats", help="mean, deviation, durations, padding, rates and kinds of the samples")
+    shard_stats.add_arguments(telling)
+    for action in (indexing, checking, telling):
         action.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, globs, braces; s3://, https://, pipe:")
         action.add_argument("--cache", metavar="DIR", help="folder for remote shards (~/.cache/bridle)")
         action.add_argument("--cache-gb", type=_positive(float), default=50.0, metavar="GB", help="its bound (50)")
@@ -62,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the action; 0 on success, 1 where a check finds faults."""
-    return {"build": _build, "index": _index, "check": _check}[args.action](args)
+    return {"build": _build, "index": _index, "check": _check, "stats": shard_stats.run}[args.action](args)
 
 
 def _build(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from bridle.config import MaskSettings
 from bridle.data.errors import ShardError
 from bridle.data.shards import ShardSet
 from bridle.modalities.clip import Clip, ClipError, Modality
-from bridle.model_folder import BridleModel
+from bridle.model_folder import BridleModel, stacked
 from bridle.modeling.masking import draw_mask
 
 HIDDEN, PADDING = (176, 176, 176), (96, 96, 96)
@@ -78,7 +78,7 @@ def _fullest(shards: ShardSet, modality: Modality, indexes: range) -> tuple[int,
 def _tiles(clip: Clip, modality: Modality, mask: MaskSettings, model: BridleModel | None, seed: int) -> list[Tile]:
     grid = tuple(clip.grid.values())
     view = _View(tuple(clip.grid), modality.picture(clip), clip.valid)
-    hidden = draw_mask(mask, grid, np.random.default_rng(seed)).numpy().reshape(grid)
+    hidden = draw_mask(mask, grid, np.random.default_rng(seed), clip.valid).numpy().reshape(grid)
     seconds = f", {clip.duration_s:.2f} s" if clip.duration_s is not None else ""
     about = f"{view.what}{seconds}{view.orientation}"
     share = round(100 * hidden.mean())
@@ -88,7 +88,7 @@ def _tiles(clip: Clip, modality: Modality, mask: MaskSettings, model: BridleMode
     ]
     if model is None:
         return tiles
-    codes = model.codes(clip.values[None])[0].cpu().numpy()
+    codes = model.codes(*stacked([clip]))[0].cpu().numpy()
     for stage, row in enumerate(codes.T, start=1):
         different = len(np.unique(row[: clip.valid * math.prod(grid[1:])]))
         size = model.config.quantizer.codebook_size

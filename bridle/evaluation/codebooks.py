@@ -148,7 +148,7 @@ def measure(model: BridleModel, windows: Iterable[Window | Skipped], batch_size:
 
 def _count(model: BridleModel, batch: list[Window], usage: CodebookUsage) -> None:
     values = torch.stack([window.values for window in batch])
-    latents = model.tokenizer.latents(values.to(model.device, model.encoder.embed.weight.dtype))
+    latents = model.latents(values, [window.positions for window in batch])
     content = torch.cat([found[: window.positions] for window, found in zip(batch, latents, strict=True)])
     quantized = model.tokenizer.quantizer.encode(content)
     for stage, codes in enumerate(quantized.codes.cpu().T):

@@ -44,6 +44,13 @@ figure { margin: 0; } img { display: block; width: 100%; height: auto; image-ren
 pre { font-size: 0.8rem; overflow-x: auto; } summary { cursor: pointer; }
 """.strip()
 
+HEALTH = {
+    "accuracy": "accuracy", "position_accuracy": "by position alone", "codebook_perplexity": "perplexity",
+    "cosine": "cosine", "mean_cosine": "of the mean at a position", "r2": "R² of codes",
+    "r2_cold_start": "of the projection's", "participation_ratio": "directions of latents",
+}  # fmt: skip
+"""Keys of a row's health, in the order of the page, and what they are called there."""
+
 
 @dataclass
 class Report:
@@ -96,7 +103,7 @@ def page(report: Report) -> str:
     parts = [
         f"<h1>{title}</h1>", f'<p class="quiet">{escape(_state(run))}</p>',
         *[f'<p class="note">{escape(note)}</p>' for note in report.notes],
-        _facts(run), _phase_table(run),
+        _facts(run), _phase_table(run), _health(run),
         *[_chart(chart) for chart in report.charts],
         _clips(report),
         f"<h2>Recipe</h2><details><summary>all settings</summary><pre>{escape(run.recipe_text)}</pre></details>",
@@ -182,6 +189,26 @@ def _phase_table(run: RunFolder) -> str:
         ]  # fmt: skip
         lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return f'<h2>Phases</h2><div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _health(run: RunFolder) -> str:
+    """The verdict on each phase, and the figures behind it, of its last held-out row."""
+    lines = [f"<tr>{''.join(f'<th>{text}</th>' for text in ('', *HEALTH.values()))}</tr>"]
+    sentences = []
+    for phase in run.phases:
+        row = phase.heldout[-1] if phase.heldout else {}
+        figures = [row.get(key) for key in HEALTH]
+        if any(figure is not None for figure in figures):
+            cells = ["–" if figure is None else f"{np.mean(figure):.3f}" for figure in figures]
+            lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in (escape(phase.name), *cells))}</tr>")
+        if "verdict" in row:
+            style = "" if row.get("healthy") else ' class="note"'
+            sentences.append(f"<p{style}>{escape(phase.name)}: {escape(row['verdict'])}.</p>")
+    if len(lines) == 1:
+        return ""
+    about = "On held-out clips, padding left out; means over codebooks. Each figure stands before its control."
+    table = f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    return f'<h2>Health</h2><p class="quiet">{about}</p>{"".join(sentences)}{table}'
 
 
 def _last_step(phase: PhaseRows) -> int:

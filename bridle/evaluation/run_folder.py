@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from bridle.config import ColdStartPhase, EncoderPhase, Recipe, TokenizerPhase, recipe_from_mapping
+from bridle.config import ColdStartPhase, EncoderPhase, JointPhase, Recipe, TokenizerPhase, recipe_from_mapping
 from bridle.files import read_json
 from bridle.settings import RecipeError
 
@@ -25,13 +25,13 @@ class PhaseRows:
     """
 
     index: int
-    settings: EncoderPhase | TokenizerPhase
+    settings: EncoderPhase | TokenizerPhase | JointPhase
     train: list[dict[str, Any]]
     heldout: list[dict[str, Any]]
 
     @property
     def kind(self) -> str:
-        """`encoder` or `tokenizer`."""
+        """`encoder`, `tokenizer` or `joint`."""
         return self.settings.kind
 
     @property

@@ -44,8 +44,8 @@ def charts(run: RunFolder) -> list[Chart]:
     quantizer = run.recipe.model.quantizer
     size, stages = quantizer.codebook_size, range(quantizer.codebooks)
     guess, chance = quantizer.codebooks * math.log(size), 1 / size
-    encoders = [phase for phase in run.phases if phase.kind == "encoder"]
-    tokenizers = [phase for phase in run.phases if phase.kind == "tokenizer"]
+    encoders = [phase for phase in run.phases if phase.kind != "tokenizer"]
+    tokenizers = [phase for phase in run.phases if phase.kind != "encoder"]
     usage, accuracy, error = (_each(key, stages) for key in ("codebook_usage", "accuracy", "error"))
     losses = [
         _with_level(panel, "uniform guess", guess) if phase.kind == "encoder" else panel

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 
 from bridle.config import Positive
-from bridle.modalities.audio_decode import decode, excerpt
+from bridle.modalities.audio_decode import decode, excerpt, open_recording
 from bridle.modalities.audio_kinds import kind_of
 from bridle.modalities.clip import EXTENSIONS, Clip, Limits
 from bridle.modalities.fbank import FRAMES_PER_SECOND, HOP, SAMPLE_RATE, WINDOW, fbank, frame_count
@@ -25,7 +25,7 @@ class AudioSettings(Settings):
     """The `clip` section of an audio recipe. The sample rate is always 16 kHz."""
 
     seconds: Annotated[float, Field(gt=0.0, le=600.0)] = 10.0
-    """Sound in a training clip, at most."""
+    """Length of a clip, rounded up to whole windows of `frames`, which sound fills to its last frame."""
     mel_bins: Annotated[int, Field(ge=4, le=256)] = 128
     """Mel bands; a multiple of the patch's second side."""
     patch: tuple[Positive, Positive] = (16, 16)
@@ -52,6 +52,11 @@ class AudioSettings(Settings):
         """Frames of a clip: `seconds` in steps of 10 ms, rounded up to a multiple of 64 (10 s: 1024, 5 s: 512)."""
         return math.ceil(round(self.seconds * FRAMES_PER_SECOND, 6) / FRAME_MULTIPLE) * FRAME_MULTIPLE
 
+    @property
+    def samples(self) -> int:
+        """Samples at 16 kHz that the frames of a clip look at."""
+        return (self.frames - 1) * HOP + WINDOW
+
 
 class Audio:
     """The audio modality; see `bridle.modalities.clip.Modality`."""
@@ -61,6 +66,7 @@ class Audio:
     extensions: ClassVar[tuple[str, ...]] = EXTENSIONS["audio"]
     settings_class: ClassVar[type[Settings]] = AudioSettings
     channels: ClassVar[int] = 1
+    deviation: ClassVar[float] = 0.5
 
     def __init__(self, settings: AudioSettings, limits: Limits) -> None:
         self.settings = settings
@@ -92,7 +98,7 @@ class Audio:
         Raises:
             ClipError: the bytes cannot be decoded, or lie beyond a limit.
         """
-        samples = excerpt(data, self.limits, self.settings.seconds, rng.random())
+        samples = excerpt(data, self.limits, self.settings.samples, rng.random())
         if self.settings.roll:
             samples = np.roll(samples, rng.integers(len(samples)))
         if self.settings.magnitude:
@@ -115,10 +121,24 @@ class Audio:
         for block in decode(data, self.limits):
             pending = np.concatenate((pending, block))
             while len(pending) >= step + WINDOW:
-                yield self._clip(pending[: step + WINDOW - HOP], start / SAMPLE_RATE, step / SAMPLE_RATE)
+                yield self._clip(pending[: self.settings.samples], start / SAMPLE_RATE, step / SAMPLE_RATE)
                 pending = pending[step:]
                 start += step
-        yield self._clip(pending[: step + WINDOW - HOP], start / SAMPLE_RATE, len(pending) / SAMPLE_RATE)
+        yield self._clip(pending[: self.settings.samples], start / SAMPLE_RATE, len(pending) / SAMPLE_RATE)
+
+    @property
+    def features(self) -> dict[str, Any]:
+        return {"mel_bins": self.settings.mel_bins}
+
+    def content(self, clip: Clip) -> torch.Tensor:
+        """float32 ``[1, n]``: log-mel energies of whole frames."""
+        frames = frame_count(max(WINDOW, round((clip.duration_s or 0.0) * SAMPLE_RATE)))
+        energies = clip.values[:, : min(frames, self.settings.frames)]
+        return energies.reshape(1, -1) * (2 * self.settings.std) + self.settings.mean
+
+    def rate(self, data: bytes) -> str | None:
+        """The file's own sample rate."""
+        return f"{open_recording(data, self.limits).rate} Hz"
 
     def picture(self, clip: Clip) -> np.ndarray:
         """uint8 ``[mel_bins, frames, 3]``: low frequencies at the bottom, padding grey."""

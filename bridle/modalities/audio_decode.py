@@ -82,19 +82,19 @@ def decode(data: bytes, limits: Limits) -> Iterator[np.ndarray]:
     return resampled(recording.blocks(0), recording.rate)
 
 
-def excerpt(data: bytes, limits: Limits, seconds: float, position: float) -> np.ndarray:
-    """At most `seconds` of a recording, beginning at the share `position` in [0, 1) of the possible beginnings.
+def excerpt(data: bytes, limits: Limits, samples: int, position: float) -> np.ndarray:
+    """At most `samples` at 16 kHz of a recording, from the share `position` in [0, 1) of the possible beginnings on.
 
     Decodes the whole only where it must: wav and flac are entered in the middle, all others are left early.
 
     Returns:
-        mono float32 ``[n]`` at 16 kHz, 0 < n <= seconds * 16000.
+        mono float32 ``[n]`` at 16 kHz, 0 < n <= samples.
 
     Raises:
         WrongKindError, UndecodableError, TooLargeError
     """
     recording = open_recording(data, limits)
-    length = int(np.ceil(seconds * recording.rate))
+    length = -(-samples * recording.rate // SAMPLE_RATE)
     frames = recording.frames
     if frames is None:
         frames = sum(len(block) for block in open_recording(data, limits).blocks(0))
@@ -103,7 +103,7 @@ def excerpt(data: bytes, limits: Limits, seconds: float, position: float) -> np.
     native = _last_before(recording.blocks(skipped), start + length - skipped, length)
     if recording.rate != SAMPLE_RATE:
         native = soxr.resample(native, recording.rate, SAMPLE_RATE, quality="HQ")
-    return native[: int(seconds * SAMPLE_RATE)]
+    return native[:samples]
 
 
 def resampled(blocks: Iterable[np.ndarray], rate: int, wanted: int = SAMPLE_RATE) -> Iterator[np.ndarray]:

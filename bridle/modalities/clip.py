@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
@@ -44,6 +45,12 @@ class Clip:
     valid: int
     start_s: float | None = None
     duration_s: float | None = None
+
+    @property
+    def positions(self) -> int:
+        """Positions of the grid that are content: the first ones, the grid being row-major with `valid` outermost."""
+        steps, *rest = self.grid.values()
+        return min(self.valid, steps) * math.prod(rest)
 
 
 class ClipError(RefusedError):
@@ -88,6 +95,8 @@ class Modality(Protocol):
     """File name endings (lower case, no dot) of the shard members it reads, by preference."""
     settings_class: ClassVar[type[Settings]]
     channels: ClassVar[int]
+    deviation: ClassVar[float]
+    """Standard deviation of a clip's values where `settings.mean` and `std` are those of the data."""
 
     settings: Any
     limits: Limits
@@ -122,6 +131,23 @@ class Modality(Protocol):
 
     def windows(self, data: bytes) -> Iterator[Clip]:
         """Consecutive clips of the training size that cover the whole content, no augmentation; the last is padded.
+
+        Raises:
+            ClipError
+        """
+        ...
+
+    @property
+    def features(self) -> dict[str, Any]:
+        """Settings that the values of `content` depend on."""
+        ...
+
+    def content(self, clip: Clip) -> torch.Tensor:
+        """float32 ``[channels, n]``: values of a clip's content, before `settings.mean` and `std` normalise them."""
+        ...
+
+    def rate(self, data: bytes) -> str | None:
+        """What a file's header says of its rate or size, for people; none where it says nothing.
 
         Raises:
             ClipError

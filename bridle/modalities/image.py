@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -96,6 +96,7 @@ class Image:
     extensions: ClassVar[tuple[str, ...]] = EXTENSIONS["image"]
     settings_class: ClassVar[type[Settings]] = ImageSettings
     channels: ClassVar[int] = 3
+    deviation: ClassVar[float] = 1.0
 
     def __init__(self, settings: ImageSettings, limits: Limits | None = None) -> None:
         self.settings = settings
@@ -142,6 +143,18 @@ class Image:
         """
         image, orientation = self._open(data)
         yield self._clip(image, orientation, centre_box(_upright_size(image, orientation), self.settings.size))
+
+    @property
+    def features(self) -> dict[str, Any]:
+        return {}
+
+    def content(self, clip: Clip) -> torch.Tensor:
+        """float32 ``[3, n]``: red, green and blue in 0..1."""
+        return unscaled(clip.values, self.settings.mean, self.settings.std)
+
+    def rate(self, data: bytes) -> str | None:
+        """The stored width and height."""
+        return "{} x {}".format(*self._open(data)[0].size)
 
     def picture(self, clip: Clip) -> np.ndarray:
         """uint8 [H, W, 3]."""
@@ -268,6 +281,11 @@ def normalise(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, .
     shift = -torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)
     values = pixels.contiguous().to(torch.float32)
     return values.mul_(scale.view(shape)).add_(shift.view(shape))
+
+
+def unscaled(values: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """float32 ``[3, *size]`` back to 0..1, float32 ``[3, n]``."""
+    return values.flatten(1) * torch.tensor(std)[:, None] + torch.tensor(mean)[:, None]
 
 
 def denormalise(values: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 
 from bridle.modalities.clip import EXTENSIONS, Clip, Limits
-from bridle.modalities.image import check_size, denormalise, normalise
+from bridle.modalities.image import check_size, denormalise, normalise, unscaled
 from bridle.modalities.isolation import isolated
 from bridle.modalities.video_crop import PLACES, SCALE_PAIRS, Draws
 from bridle.modalities.video_decode import Request, answers, container_of, sniff
@@ -63,6 +63,7 @@ class Video:
     extensions: ClassVar[tuple[str, ...]] = EXTENSIONS["video"]
     settings_class: ClassVar[type[Settings]] = VideoSettings
     channels: ClassVar[int] = 3
+    deviation: ClassVar[float] = 1.0
 
     def __init__(self, settings: VideoSettings, limits: Limits | None = None) -> None:
         self.settings = settings
@@ -115,6 +116,19 @@ class Video:
             UndecodableError, WrongKindError, TooLargeError
         """
         return self._clips(data, None)
+
+    @property
+    def features(self) -> dict[str, Any]:
+        return {}
+
+    def content(self, clip: Clip) -> torch.Tensor:
+        """float32 ``[3, n]``: red, green and blue in 0..1 of the frames that are not repeated."""
+        frames = clip.valid * self.settings.patch[0]
+        return unscaled(clip.values[:, :frames], self.settings.mean, self.settings.std)
+
+    def rate(self, data: bytes) -> str | None:
+        """None: only a decoder knows."""
+        return None
 
     def picture(self, clip: Clip) -> np.ndarray:
         """uint8 [T, H, W, 3]."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bridle.config import DecoderSettings, EncoderSettings, QuantizerSettings
 from bridle.modeling.blocks import SwinBlocks, TransformerBlocks, start_weights
-from bridle.modeling.patches import gather_positions
+from bridle.modeling.patches import content_mask, gather_positions
 from bridle.modeling.positions import sincos_positions
 
 
@@ -30,11 +30,14 @@ class Decoder(nn.Module):
         self.head = nn.Linear(settings.width, self.codebooks * self.codebook_size)
         start_weights(self, [self.mask_token])
 
-    def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor, grid: tuple[int, ...]) -> Tensor:
+    def forward(
+        self, tokens: Tensor, visible: Tensor, masked: Tensor, grid: tuple[int, ...], valid: Tensor | None = None
+    ) -> Tensor:
         """Predicts the codes of masked patches.
 
         tokens: the encoder's output for the visible patches (with its class token, if it has one, which is dropped);
-        visible, masked: int64 ``[B, n]`` and ``[B, k]``, together all N positions of the grid.
+        visible, masked: int64 ``[B, n]`` and ``[B, k]``, together all N positions of the grid; valid: as the
+        encoder's.
         Returns logits ``[B, k, M, K]``.
         """
         if self.class_token:
@@ -44,6 +47,7 @@ class Decoder(nn.Module):
         filled = torch.cat([tokens, self.mask_token.to(tokens).expand(batch, hidden, -1)], dim=1)
         restore = torch.argsort(torch.cat([visible, masked], dim=1), dim=1)
         filled = gather_positions(filled, restore) + sincos_positions(grid, self.width).to(tokens)
-        seen = gather_positions(self.blocks(filled, grid), masked)
+        content = None if valid is None else content_mask(valid, filled.shape[1])
+        seen = gather_positions(self.blocks(filled, grid, content), masked)
         logits: Tensor = self.head(self.norm(seen))
         return logits.view(*masked.shape, self.codebooks, self.codebook_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,10 @@ class PatchShape:
             raise ValueError(f"clip of size {sides}: each side must be a positive multiple of the patch {self.size}")
         return tuple(side // patch for side, patch in zip(sides, self.size, strict=True))
 
+    def count(self, values: Tensor) -> int:
+        """N, patches of a clip of ``values`` ``[B, C, *S]``. Raises ValueError as `grid`."""
+        return math.prod(self.grid(values))
+
     def cut(self, values: Tensor) -> Tensor:
         """``[B, C, *S]`` to ``[B, N, C * prod(patch)]``; N is row-major over the grid, the first axis outermost."""
         grid = self.grid(values)
@@ -50,6 +55,27 @@ class PatchShape:
             split += [count, side]
         order = [0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2)]
         return values.reshape(split).permute(order).reshape(values.shape[0], -1, self.numel)
+
+
+def content_mask(valid: Tensor, positions: Tensor | int) -> Tensor:
+    """Which positions hold content, bool: padding lies behind it, since positions are row-major over the grid.
+
+    valid: int64 ``[B]``, positions of content of each clip; positions: int64 ``[B, n]``, or N for all of ``[0, N)``.
+    Returns ``[B, n]``, ``[B, N]``.
+    """
+    if isinstance(positions, int):
+        return torch.arange(positions, device=valid.device) < valid[:, None]
+    return positions < valid[:, None]
+
+
+def clip_weights(content: Tensor) -> Tensor:
+    """Weights of positions for a mean over clips of each clip's mean over its content: float32 ``[B, n]``.
+
+    content: bool ``[B, n]``. A clip without content weighs nothing; the others 1 / B each, however many positions they
+    have, so that how a batch is split over ranks and accumulation steps changes no loss.
+    """
+    counts = content.sum(1, keepdim=True).clamp(min=1)
+    return content / (counts * len(content))
 
 
 def gather_positions(tokens: Tensor, index: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ class ResidualQuantizer(nn.Module):
             found, limit = int(outside[0]), self.settings.codebook_size - 1
             raise ValueError(f"codes: found {found}, expected 0 to {limit}: these codes are not from this model")
 
-    def forward(self, z: Tensor) -> tuple[Quantized, Tensor]:
+    def forward(self, z: Tensor, weights: Tensor | None = None) -> tuple[Quantized, Tensor]:
         """Quantize ``z``, any float dtype ``[..., d]``, and return the commitment loss, a float32 scalar.
 
         The loss is Eq. 5's second term, ``beta * ||z - sg[q]||^2`` averaged over positions, with the q of all stages,
@@ -136,15 +136,19 @@ class ResidualQuantizer(nn.Module):
         work. ``quantized`` has the gradient of the straight-through estimator. In training mode Eq. 9's statistics
         are gathered for ``update``.
 
+        ``weights``, float32 ``[...]``, are those of the average (and of ``errors``) and sum to 1; a position of weight
+        0 is padding, which leaves no statistics either. None: all positions alike.
+
         Raises:
             RuntimeError, ValueError: as ``encode``.
         """
         latents = self._latents(z)
         with torch.no_grad():
-            result = self._quantize(latents.detach(), learn=self.training)
+            result = self._quantize(latents.detach(), learn=self.training, weights=weights)
         with torch.autocast(z.device.type, enabled=False):
-            distances = (latents - result.quantized).square().sum()
-            commitment = self.settings.beta * distances / max(result.codes[..., 0].numel(), 1)
+            distances = (latents - result.quantized).square().sum(-1)
+            mean = distances.sum() / max(distances.numel(), 1) if weights is None else (distances * weights).sum()
+            commitment = self.settings.beta * mean
         straight = _StraightThrough.apply(latents, result.quantized)
         return result._replace(quantized=straight, latents=latents), commitment
 
@@ -237,25 +241,30 @@ class ResidualQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             return normalize(z)
 
-    def _quantize(self, latents: Tensor, *, learn: bool) -> Quantized:
-        """Eqs. 1-3 for float32 ``[..., d]``; ``learn`` adds Eq. 9's statistics."""
+    def _quantize(self, latents: Tensor, *, learn: bool, weights: Tensor | None = None) -> Quantized:
+        """Eqs. 1-3 for float32 ``[..., d]``; ``learn`` adds Eq. 9's statistics; weights: as in ``forward``."""
         flat = latents.reshape(-1, self.settings.dim)
+        shares = None if weights is None else weights.flatten().split(_CHUNK)
         errors = flat.new_zeros(self.settings.codebooks)
         with full_float32(flat.device):
             codebooks = [Codebook.of(rows) for rows in self.codebooks]
-            parts = [self._quantize_part(part, codebooks, errors, learn=learn) for part in flat.split(_CHUNK)]
+            parts = [
+                self._quantize_part(part, codebooks, errors, learn=learn, weights=None if shares is None else shares[i])
+                for i, part in enumerate(flat.split(_CHUNK))
+            ]
         codes, quantized = (torch.cat(kind) for kind in zip(*parts, strict=True))
         return Quantized(
             codes.view(*latents.shape[:-1], self.settings.codebooks),
             quantized.view(latents.shape),
             latents,
-            errors.div_(max(len(flat), 1)),
+            errors.div_(max(len(flat), 1)) if weights is None else errors,
         )
 
     def _quantize_part(
-        self, latents: Tensor, codebooks: list[Codebook], errors: Tensor, *, learn: bool
+        self, latents: Tensor, codebooks: list[Codebook], errors: Tensor, *, learn: bool, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Codes ``[S, M]`` and their sum ``[S, d]`` of ``latents [S, d]``; adds squared norms to ``errors``."""
+        """Codes ``[S, M]`` and their sum ``[S, d]`` of ``latents [S, d]``; adds squared norms, each times its weight
+        ``[S]`` where there are any, to ``errors``."""
         codes: list[Tensor] = []
         residual, quantized = latents, torch.empty(0)
         for stage, codebook in enumerate(codebooks):
@@ -263,15 +272,26 @@ class ResidualQuantizer(nn.Module):
                 residual = normalize(residual)
             index = nearest(residual, codebook)
             if learn:
-                counts, sums = cluster_sums(residual, index, self.settings.codebook_size)
+                counts, sums = self._counted(residual, index, weights)
                 self.counts[stage].add_(counts)
                 self.sums[stage].add_(sums)
             chosen = codebook.rows.index_select(0, index)
             residual = residual - chosen if stage == 0 else residual.sub_(chosen)
             quantized = chosen if stage == 0 else quantized.add_(chosen)
-            errors[stage].add_(torch.linalg.vector_norm(residual).square())
+            if weights is None:
+                errors[stage].add_(torch.linalg.vector_norm(residual).square())
+            else:
+                errors[stage].add_(residual.square().sum(-1) @ weights)
             codes.append(index)
         return torch.stack(codes, dim=1), quantized
+
+    def _counted(self, points: Tensor, index: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Eq. 9 without the points of weight 0: they go to a cluster behind the last one, which is cut off."""
+        size = self.settings.codebook_size
+        if weights is None:
+            return cluster_sums(points, index, size)
+        counts, sums = cluster_sums(points, torch.where(weights > 0, index, size), size + 1)
+        return counts[:size], sums[:size]
 
     def _first_codes(self, points: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A stage's first codes, float32 ``[K, d]``, and their N, float32 ``[K]``, from its residuals ``[S, d]``."""

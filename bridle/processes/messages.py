@@ -147,11 +147,12 @@ class Fault(Message, frozen=True):
 
 
 class Forward(Message, frozen=True):
-    """A batch: the clips in these slots, with so many threads on a CPU."""
+    """A batch: the clips in these slots, with so many threads on a CPU; valid: positions of each that are content."""
 
     operation: Literal["codes", "embed"]
     threads: int
     slots: list[int]
+    valid: list[int]
 
 
 class Dequantize(Message, frozen=True):

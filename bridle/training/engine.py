@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from torch import nn
 
 from bridle.config import TrainSettings
 from bridle.settings import RecipeError
-from bridle.training.optimizer_state import create_state
+from bridle.training.optimizer_state import create_state, set_step
 
+RESTS, BETAS = "rests", "own_betas"
+"""Keys of a parameter group: whether it rests in some steps, and its betas in those in which it does not."""
+FULL_MEMORY = 1.0 - 1e-12
+"""A beta that leaves float32 moments as they are, and is not 1, by which Adam would divide zero by zero."""
 SECTIONS_OF_THE_RECIPE = {
     "optimizer": "the recipe's train.betas, train.weight_decay and phases",
     "scheduler": "the recipe's phases",
@@ -108,22 +113,41 @@ def split_batch(train: TrainSettings, world: int) -> tuple[int, int]:
     return micro, per_rank // micro
 
 
+@dataclass(frozen=True)
+class SlowStep:
+    """rests: whether the slow child rests in the step at hand; steps: those that it has taken before."""
+
+    rests: bool
+    steps: int
+
+
 def uses_bf16(ds_config: Mapping[str, Any]) -> bool:
     """Whether the transformer runs in bfloat16 (the quantizer never does)."""
     return bool(ds_config.get("bf16", {}).get("enabled") or ds_config.get("torch_autocast", {}).get("enabled"))
 
 
-def build_engine(module: nn.Module, ds_config: Mapping[str, Any], train: TrainSettings, lr: float) -> Any:
-    """Wraps a phase's module; its optimizer is torch's AdamW, which compiles nothing."""
+def build_engine(
+    module: nn.Module, ds_config: Mapping[str, Any], train: TrainSettings, lr: float, slow: str | None = None
+) -> Any:
+    """Wraps a phase's module; its optimizer is torch's AdamW, which compiles nothing.
+
+    slow: name of the child whose weights rest in some steps (see `rest`).
+    """
     import deepspeed
 
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (decayed if parameter.ndim == 2 and "bias" not in name else plain).append(parameter)
+            decayed, rests = (
+                parameter.ndim == 2 and "bias" not in name,
+                slow is not None and name.startswith(f"{slow}."),
+            )
+            groups.setdefault((rests, not decayed), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        [
+            {"params": groups[rests, plain], "weight_decay": 0.0 if plain else train.weight_decay, RESTS: rests}
+            for rests, plain in sorted(groups)
+        ],
         lr=lr,
         betas=train.betas,
     )
@@ -139,7 +163,16 @@ def learning_rate(peak: float, step: int, warmup: int, total: int) -> float:
     return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def set_learning_rate(engine: Any, lr: float) -> None:
-    """Sets it for all parameter groups."""
+def set_learning_rate(engine: Any, lr: float, slow: SlowStep | None = None) -> None:
+    """Sets it for all parameter groups.
+
+    slow: of the child that `build_engine` was told rests in some steps. A step at rest changes neither its weights nor
+    their moments, and the bias correction counts its own steps.
+    """
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        at_rest = slow is not None and slow.rests and group[RESTS]
+        own = group.setdefault(BETAS, group["betas"])
+        group["lr"] = 0.0 if at_rest else lr
+        group["betas"] = (FULL_MEMORY, FULL_MEMORY) if at_rest else own
+        if slow is not None and group[RESTS]:
+            set_step(engine, group["params"], slow.steps)

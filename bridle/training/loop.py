@@ -13,10 +13,12 @@ import torch
 
 from bridle.config import DataSettings, TrainedPhase, TrainSettings
 from bridle.data.stream import MicroBatch, Stream
+from bridle.evaluation.health import verdict
 from bridle.training.checkpoints import PhaseCheckpoints, Position
+from bridle.training.clips import to_device
 from bridle.training.engine import learning_rate, set_learning_rate, split_batch
 from bridle.training.keeper import Keeper
-from bridle.training.measures import Sums, evaluate, to_device, usage_counts, usage_shares
+from bridle.training.measures import Sums, evaluate, usage_counts, usage_shares
 from bridle.training.metrics import RunLog, Window, progress_line
 from bridle.training.phases import PhaseJob
 from bridle.training.ranks import Ranks
@@ -87,7 +89,8 @@ class PhaseRun:
         while position.step < self.length.total:
             vote = self.ranks.vote(self.stop.asked)
             lr = learning_rate(self.settings.lr, position.step, self.length.warmup, self.length.total)
-            set_learning_rate(self.engine, lr)
+            self.job.begin_step(position.step)
+            set_learning_rate(self.engine, lr, self.job.slow_step)
             self._step(batches, window, sums)
             position.step += 1
             position.samples += self.train.batch_size
@@ -129,7 +132,7 @@ class PhaseRun:
             asked = time.perf_counter()
             batch = next(batches)
             window.waited += time.perf_counter() - asked
-            loss, metrics, codes = self.engine(*self.job.inputs(to_device(batch.tensors, self.ranks.device)))
+            loss, metrics, codes, *_ = self.engine(*self.job.inputs(to_device(batch.tensors, self.ranks.device)))
             self.engine.backward(loss)
             self.engine.step()
             sums.add(metrics, batch)
@@ -186,12 +189,14 @@ class PhaseRun:
     def _name(self) -> str:
         return f"[{self.index} {self.job.kind}]"
 
-    def _row(self, position: Position, split: str, means: list[float], usage: dict[str, list[float]]) -> dict[str, Any]:
+    def _row(self, position: Position, split: str, means: list[float], usage: dict[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {
             "phase": self.job.kind, "phase_index": self.index, "split": split,
             "step": position.step, "samples": position.samples,
         }  # fmt: skip
-        for name, value in zip(self.job.metric_names, means, strict=True):
+        for name, value in zip(self.job.metric_names, self.job.settle(means), strict=True):
+            if value is None:
+                continue
             base, _, which = name.rpartition("_")
             if which.isdigit():
                 key = {"loss_codebook": "loss_per_codebook", "accuracy_codebook": "accuracy", "error_stage": "error"}[
@@ -221,8 +226,13 @@ class PhaseRun:
         position.evaluation_due = False
         if self.run_log is not None:
             row = self._row(position, "heldout", *found)
+            judged = verdict(row) if position.step == self.length.total else None
+            if judged is not None:
+                row |= {"healthy": judged[0], "verdict": judged[1]}
             self.run_log.write(row)
             log.info(progress_line(row, self._name, self.length.total, 0.0))
+            if judged is not None:
+                log.log(logging.INFO if judged[0] else logging.WARNING, "%s %s", self._name, judged[1])
 
     def _check_corrupt(self, position: Position) -> None:
         allowed = self.data.max_corrupt * position.samples

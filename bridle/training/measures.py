@@ -10,6 +10,8 @@ from torch import Tensor
 
 from bridle.config import DataSettings, TrainSettings
 from bridle.data.stream import MicroBatch, Stream
+from bridle.evaluation.codebooks import code_usage_rate, perplexity
+from bridle.training.clips import to_device
 from bridle.training.engine import split_batch
 from bridle.training.phases import PhaseJob
 from bridle.training.ranks import Ranks
@@ -70,10 +72,11 @@ def usage_counts(job: PhaseJob, ranks: Ranks) -> Tensor:
 
 
 def usage_shares(counts: Tensor) -> dict[str, list[float]]:
-    """Per codebook, the share of it that was used, and the share of its most frequent code, which is what always
-    guessing that code would score."""
+    """Per codebook, the share of it that was used, the perplexity, and the share of its most frequent code, which is
+    what always guessing that code would score."""
     return {
-        "codebook_usage": (counts > 0).float().mean(1).tolist(),
+        "codebook_usage": code_usage_rate(counts).tolist(),
+        "codebook_perplexity": perplexity(counts).tolist(),
         "codebook_majority": (counts.amax(1) / counts.sum(1).clamp(min=1.0)).tolist(),
     }
 
@@ -87,8 +90,8 @@ def evaluate(
     data: DataSettings,
     ranks: Ranks,
     stop: StopRequest,
-) -> tuple[list[float], dict[str, list[float]]] | None:
-    """Means of the phase's metrics and codebook usage over held-out clips, the same number on every rank.
+) -> tuple[list[float], dict[str, Any]] | None:
+    """Means of the phase's metrics, codebook usage and health over held-out clips, the same number on every rank.
 
     None on all ranks, as if it had not begun, if any was asked to stop meanwhile.
     """
@@ -96,23 +99,21 @@ def evaluate(
     micro = max(size for size in range(1, split_batch(train, ranks.world)[0] + 1) if share % size == 0)
     sums, stopped = Sums(len(job.metric_names), ranks.device), False
     job.usage.zero_()
+    job.begin_evaluation()
     engine.eval()
     for batch in heldout.micro_batches(
         start=0, stop=share * ranks.world, batch_size=share * ranks.world, micro_batch_size=micro,
         rank=ranks.rank, world=ranks.world, workers=min(1, data.workers),
     ):  # fmt: skip
         vote = ranks.vote(stop.asked)
-        _, metrics, codes = engine(*job.inputs(to_device(batch.tensors, ranks.device)))
-        sums.add(metrics, batch)
-        job.count(codes)
+        inputs = job.inputs(to_device(batch.tensors, ranks.device))
+        outputs = engine(*inputs)
+        sums.add(outputs[1], batch)
+        job.count(outputs[2])
+        job.observe(inputs, outputs, batch.positions)
         stopped = vote.passed()
         if stopped:
             break
     engine.train()
     counts = usage_counts(job, ranks)
-    return None if stopped else (sums.reduce(ranks)[0], usage_shares(counts))
-
-
-def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Moves a batch."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return None if stopped else (sums.reduce(ranks)[0], usage_shares(counts) | job.health(ranks))

@@ -7,7 +7,7 @@ for the way back its setters do not pad uneven ZeRO-3 partitions, so that the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -80,6 +80,14 @@ def state_shapes(engine: Any) -> tuple[dict[str, torch.Size], dict[str, torch.Si
 def whole_shape(parameter: Any) -> torch.Size:
     """A parameter's shape, also where ZeRO-3 keeps only a part of it here."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def set_step(engine: Any, parameters: Iterable[Tensor], steps: int) -> None:
+    """Sets Adam's count of steps of some of the tensors it keeps state of."""
+    state = _inner(engine).state
+    for parameter in parameters:
+        if parameter in state:
+            state[parameter]["step"].fill_(float(steps))
 
 
 def _inner(engine: Any) -> torch.optim.Optimizer:

@@ -12,11 +12,17 @@ from bridle.config import QuantizerSettings
 from bridle.modeling.decoder import Decoder
 from bridle.modeling.encoder import Encoder
 from bridle.modeling.losses import cosine_similarity, masked_code_loss
-from bridle.modeling.patches import gather_positions
+from bridle.modeling.patches import clip_weights, content_mask, gather_positions
 from bridle.modeling.quantizer import ResidualQuantizer
+from bridle.modeling.target import TargetScale
 from bridle.modeling.tokenizer import Estimator, LearnedTokenizer, Tokenizer
+from bridle.training.engine import SlowStep
+from bridle.training.health import Codes, Figures, Predictions, halves
+from bridle.training.ranks import Ranks
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+PADDING = -1
+"""Stands for the code of a position that is none; `PhaseJob.count` leaves it out."""
 
 
 class EncoderModule(nn.Module):
@@ -27,33 +33,60 @@ class EncoderModule(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
 
-    def forward(self, values: Tensor, visible: Tensor, masked: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the loss, the metrics of `EncoderPhaseJob.metric_names`, and the codes that were to be predicted."""
+    def forward(
+        self, values: Tensor, visible: Tensor, masked: Tensor, codes: Tensor, valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the loss, the metrics of `EncoderPhaseJob.metric_names`, and the codes that were to be predicted.
+
+        codes: int64 ``[B, N, M]``, or ``[B, N, M, S]`` with soft codes; valid: int64 ``[B]``, positions of content;
+        none: all.
+        """
         grid = self.encoder.patch.grid(values)
-        logits = self.decoder(self.encoder(values, visible), visible, masked, grid)
-        targets = gather_positions(codes, masked)
-        losses, accuracy = masked_code_loss(logits, targets)
+        logits = self.decoder(self.encoder(values, visible, valid), visible, masked, grid, valid)
+        targets = gather_positions(codes.flatten(2), masked).unflatten(2, codes.shape[2:])
+        content = None if valid is None else content_mask(valid, masked)
+        losses, accuracy = masked_code_loss(logits, targets, None if content is None else clip_weights(content))
         loss = losses.sum()
-        return loss, torch.cat([loss.detach()[None], losses.detach(), accuracy]), targets
+        nearest = targets if codes.ndim == 3 else targets[..., 0]
+        return loss, torch.cat([loss.detach()[None], losses.detach(), accuracy]), _content_only(nearest, content)
 
 
 class TokenizerModule(nn.Module):
-    """Tokenizer and estimator, with Eqs. 5 to 7."""
+    """Tokenizer and estimator, with Eqs. 5 to 7; target: the scale of what the estimator predicts, none: raw."""
 
-    def __init__(self, tokenizer: LearnedTokenizer, estimator: Estimator, cosine_weight: float) -> None:
+    def __init__(
+        self, tokenizer: LearnedTokenizer, estimator: Estimator, cosine_weight: float, target: TargetScale | None = None
+    ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.estimator = estimator
         self.cosine_weight = cosine_weight
+        self.target = target
 
-    def forward(self, values: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the loss, the metrics of `TokenizerPhaseJob.metric_names`, and the codes."""
+    def forward(
+        self, values: Tensor, embeddings: Tensor, valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns the loss, the metrics of `TokenizerPhaseJob.metric_names`, the codes, and the latents (float32
+        ``[B, N, d]``, of unit length).
+
+        valid: int64 ``[B]``, positions of content; none: all.
+        """
         grid = self.tokenizer.encoder.patch.grid(values)
-        quantized, commitment = self.tokenizer.quantizer(self.tokenizer.latents(values))
-        cosine = cosine_similarity(self.estimator(quantized.quantized, grid), embeddings)
+        content = None if valid is None else content_mask(valid, embeddings.shape[1])
+        weights = None if content is None else clip_weights(content)
+        if self.target is not None:
+            embeddings = self.target(embeddings, content)
+        quantized, commitment = self.tokenizer.quantizer(self.tokenizer.latents(values, valid), weights)
+        cosine = cosine_similarity(self.estimator(quantized.quantized, grid, valid), embeddings, weights)
         loss = commitment + self.cosine_weight * (1.0 - cosine)
         metrics = torch.stack([loss.detach(), commitment.detach(), cosine.detach()])
-        return loss, torch.cat([metrics, quantized.errors]), quantized.codes
+        codes = _content_only(quantized.codes, content)
+        return loss, torch.cat([metrics, quantized.errors]), codes, quantized.latents.detach()
+
+
+def _content_only(codes: Tensor, content: Tensor | None) -> Tensor:
+    """``[B, n, M]`` with `PADDING` where ``content [B, n]`` is false."""
+    return codes if content is None else torch.where(content.unsqueeze(-1), codes, PADDING)
 
 
 class PhaseJob:
@@ -67,6 +100,8 @@ class PhaseJob:
     metric_names: list[str]
     masked: bool
     """Whether clips come with a mask."""
+    slow_part: str | None = None
+    """Name of the module's child whose weights rest in some steps."""
 
     def __init__(self, quantizer: QuantizerSettings, device: torch.device, bf16: bool) -> None:
         self.device = device
@@ -78,20 +113,49 @@ class PhaseJob:
         """Components by name."""
         return dict(self.module.named_children())
 
-    def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Arguments of the module's forward, the frozen half's part included."""
+    def begin_step(self, step: int) -> None:
+        """Runs before optimizer step `step`, counted from 0."""
+
+    def inputs(self, batch: dict[str, Tensor]) -> tuple[Any, ...]:
+        """Arguments of the module's forward, the frozen half's part included; the last is `valid`, none without
+        padding."""
         raise TypeError("use EncoderPhaseJob or TokenizerPhaseJob")
+
+    @property
+    def slow_step(self) -> SlowStep | None:
+        """Of the part whose weights rest in some steps; none where all learn in each."""
+        return None
+
+    def settle(self, means: list[float]) -> list[float | None]:
+        """Means over all steps of a window as what the row tells."""
+        return list(means)
 
     def after_step(self, all_reduce: Callable[[Tensor], Any] | None) -> None:
         """Runs once per optimizer step, after it."""
 
+    def begin_evaluation(self) -> None:
+        """Forgets what `observe` has seen."""
+        raise TypeError("use EncoderPhaseJob or TokenizerPhaseJob")
+
+    def observe(self, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], positions: list[int]) -> None:
+        """Looks at one held-out batch: what the module was given, what it gave, and the clips' positions."""
+
+    def health(self, ranks: Ranks) -> Figures:
+        """Figures of what was observed (see `bridle.training.health`), over all ranks, which must all call it."""
+        raise TypeError("use EncoderPhaseJob or TokenizerPhaseJob")
+
     def count(self, codes: Tensor) -> None:
-        """Adds ``[B, n, M]`` codes to `usage`, without leaving the device."""
-        flat = codes.flatten(0, -2).T.contiguous()
-        self.usage.scatter_add_(1, flat, torch.ones_like(flat, dtype=self.usage.dtype))
+        """Adds ``[B, n, M]`` codes, but for `PADDING`, to `usage`, without leaving the device."""
+        flat = codes.flatten(0, -2).T
+        seen = flat != PADDING
+        self.usage.scatter_add_(1, torch.where(seen, flat, 0), seen.to(self.usage.dtype))
 
     def _frozen(self, module: ModuleT) -> ModuleT:
         return module.to(self.device).eval().requires_grad_(False)
+
+    def _valid(self, batch: dict[str, Tensor], positions: int) -> Tensor | None:
+        """int64 ``[B]``: positions of content; none where no clip has padding."""
+        return positions - batch["padding"] if "padding" in batch else None
 
 
 class EncoderPhaseJob(PhaseJob):
@@ -108,10 +172,12 @@ class EncoderPhaseJob(PhaseJob):
         quantizer: QuantizerSettings,
         device: torch.device,
         bf16: bool,
+        soft_codes: int = 1,
     ) -> None:
         super().__init__(quantizer, device, bf16)
         self.module = EncoderModule(encoder, decoder).to(device)
         self.tokenizer = self._frozen(tokenizer)
+        self.soft_codes = soft_codes
         stages = range(1, quantizer.codebooks + 1)
         self.metric_names = [
             "loss",
@@ -120,11 +186,29 @@ class EncoderPhaseJob(PhaseJob):
         ]
 
     @torch.no_grad()
-    def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Values, visible, masked, and the frozen tokenizer's codes."""
+    def inputs(self, batch: dict[str, Tensor]) -> tuple[Any, ...]:
+        """Values, visible, masked, the frozen tokenizer's codes, and valid."""
+        valid = self._valid(batch, batch["visible"].shape[1] + batch["masked"].shape[1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            codes = self.tokenizer.codes(batch["values"])
-        return batch["values"], batch["visible"], batch["masked"], codes
+            latents = self.tokenizer.latents(batch["values"], valid)
+        if self.soft_codes > 1:
+            codes = self.tokenizer.quantizer.soft_codes(latents, self.soft_codes)
+        else:
+            codes = self.tokenizer.quantizer.encode(latents).codes
+        return batch["values"], batch["visible"], batch["masked"], codes, valid
+
+    def begin_evaluation(self) -> None:
+        """See `PhaseJob`."""
+        self.predictions = Predictions(self.usage.shape[1])
+
+    def observe(self, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], positions: list[int]) -> None:
+        """See `PhaseJob`."""
+        *_, codes, valid = inputs
+        self.predictions.add(codes if codes.ndim == 3 else codes[..., 0], valid)
+
+    def health(self, ranks: Ranks) -> Figures:
+        """See `PhaseJob`."""
+        return self.predictions.figures(ranks)
 
 
 class TokenizerPhaseJob(PhaseJob):
@@ -132,6 +216,7 @@ class TokenizerPhaseJob(PhaseJob):
 
     kind = "tokenizer"
     masked = False
+    module: TokenizerModule
 
     def __init__(
         self,
@@ -141,20 +226,42 @@ class TokenizerPhaseJob(PhaseJob):
         quantizer: QuantizerSettings,
         device: torch.device,
         bf16: bool,
+        target: TargetScale | None = None,
+        control: Tokenizer | None = None,
     ) -> None:
+        """control: the cold start's tokenizer, whose codes evaluations compare with; none where there are no such."""
         super().__init__(quantizer, device, bf16)
-        self.module = TokenizerModule(tokenizer, estimator, quantizer.cosine_weight).to(device)
+        self.control = None if control is None else self._frozen(control)
+        self.module = TokenizerModule(tokenizer, estimator, quantizer.cosine_weight, target).to(device)
         self.quantizer: ResidualQuantizer = tokenizer.quantizer
         self.encoder = self._frozen(encoder)
         stages = range(1, quantizer.codebooks + 1)
         self.metric_names = ["loss", "commitment", "cosine", *(f"error_stage_{m}" for m in stages)]
 
     @torch.no_grad()
-    def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Values, and the frozen encoder's embeddings."""
+    def inputs(self, batch: dict[str, Tensor]) -> tuple[Any, ...]:
+        """Values, the frozen encoder's embeddings, and valid."""
+        valid = self._valid(batch, self.encoder.patch.count(batch["values"]))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            embeddings = self.encoder.embeddings(batch["values"])
-        return batch["values"], embeddings
+            embeddings = self.encoder.embeddings(batch["values"], valid)
+        return batch["values"], embeddings, valid
+
+    def begin_evaluation(self) -> None:
+        """See `PhaseJob`."""
+        target = self.module.target or nn.Identity()
+        codebooks, size = self.usage.shape
+        assert self.control is not None
+        self.codes = Codes(self.control, target, codebooks, size, self.bf16)
+
+    def observe(self, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], positions: list[int]) -> None:
+        """See `PhaseJob`."""
+        values, embeddings, valid = inputs
+        _, _, codes, latents = outputs
+        self.codes.add(values, embeddings, valid, latents, codes, halves(positions, self.device))
+
+    def health(self, ranks: Ranks) -> Figures:
+        """See `PhaseJob`."""
+        return self.codes.figures(ranks)
 
     def after_step(self, all_reduce: Callable[[Tensor], Any] | None) -> None:
         """Moves the codebooks (Eqs. 9-13) by the statistics of all ranks and micro-batches."""

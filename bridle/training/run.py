@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from bridle import __version__
-from bridle.config import ColdStartPhase, DataSource, EncoderPhase, Recipe, TokenizerPhase
+from bridle.config import ColdStartPhase, DataSource, EncoderPhase, JointPhase, Recipe, TokenizerPhase
 from bridle.data.shards import ShardSet, open_mixture
 from bridle.data.stream import Stream
 from bridle.files import whole_file, write_json
@@ -25,8 +25,10 @@ from bridle.modalities import build_modality
 from bridle.model_folder import is_whole, patch_shape
 from bridle.modeling.bridle import Components, parameter_count
 from bridle.modeling.encoder import Encoder
+from bridle.modeling.target import TargetScale
 from bridle.modeling.tokenizer import Tokenizer
 from bridle.settings import RecipeError
+from bridle.training.auto_clip import with_figures
 from bridle.training.begun_with import NAME as DATA
 from bridle.training.begun_with import BegunWith
 from bridle.training.checkpoints import (
@@ -36,23 +38,32 @@ from bridle.training.checkpoints import (
     part_states,
 )
 from bridle.training.clips import MakeClip
-from bridle.training.engine import build_engine, resolve_ds_config, split_batch, uses_bf16
+from bridle.training.engine import build_engine, resolve_ds_config, uses_bf16
+from bridle.training.first_batches import fit_target, initialise_codebooks
+from bridle.training.joint import JointPhaseJob
 from bridle.training.keeper import Keeper
 from bridle.training.lock import RunLock
 from bridle.training.loop import Length, PhaseRun
-from bridle.training.measures import to_device
 from bridle.training.metrics import RunLog
-from bridle.training.phases import EncoderPhaseJob, PhaseJob, TokenizerPhaseJob
+from bridle.training.phases import EncoderModule, EncoderPhaseJob, PhaseJob, TokenizerModule, TokenizerPhaseJob
 from bridle.training.ranks import Ranks
 from bridle.training.remote_run import RemoteRun
-from bridle.training.run_folder import check_same_recipe, export_model, tokenizer_phase_of
+from bridle.training.run_folder import check_same_recipe, export_model
+from bridle.training.schedule import (
+    MAKES_ENCODER,
+    check_joint,
+    cold_start_of,
+    encoder_before,
+    iteration_of,
+    last_model,
+    tokenizer_before,
+    tokenizer_phase_of,
+)
 from bridle.training.shared_tensors import fill
 from bridle.training.standing import Standing, find_standing
 from bridle.training.stopping import StoppedError, StopRequest
 
 log = logging.getLogger("bridle")
-INITIAL_LATENTS = 65_536
-"""Latents that codebooks are initialised from, at most: enough for k-means, small enough to gather."""
 
 
 class PretrainingRun:
@@ -74,7 +85,9 @@ class PretrainingRun:
 
         Raises RecipeError or ShardError on settings that cannot work, before anything is written.
         """
-        self.recipe = recipe
+        if store is not None:
+            ranks.on_first(store.fetch)
+        self.recipe = recipe = with_figures(recipe, folder, ranks)
         self.stop = stop
         self.lock = lock
         self.folder = folder
@@ -86,8 +99,7 @@ class PretrainingRun:
         self.components = Components(recipe.model, patch_shape(self.modality))
         self.shards = self._open(recipe.data.mixture)
         self.heldout = self._open([DataSource(shards=recipe.data.heldout)]) if recipe.data.heldout else None
-        if store is not None:
-            ranks.on_first(store.fetch)
+        check_joint(recipe, self.ds_config)
         ranks.on_first(lambda: check_same_recipe(folder, recipe, any_data=allow_new_data or (folder / DATA).is_file()))
         self.begun_with = BegunWith(folder, self.shards, self.heldout, ranks, allow_new=allow_new_data)
 
@@ -114,7 +126,7 @@ class PretrainingRun:
                 elif not isinstance(phase, ColdStartPhase) and index >= standing.phase:
                     step = standing.step if index == standing.phase else None
                     self._train(index, phase, step, run_log, keeper)
-                if isinstance(phase, EncoderPhase):
+                if isinstance(phase, MAKES_ENCODER):
                     self.ranks.on_first(partial(self._export, index, anew=index >= standing.phase))
                     keeper.push()
                 self.ranks.barrier()
@@ -178,32 +190,16 @@ class PretrainingRun:
             log.info("[%d cold_start] random projection, codebooks from the first batch", index)
 
     def _initialise(self, tokenizer: Tokenizer, index: int) -> None:
-        """Codebooks from the first batch of all ranks: gathered in the order of positions, solved once, shared."""
-        recipe, ranks = self.recipe, self.ranks
-        tokenizer.to(ranks.device).eval()
-        micro, _ = split_batch(recipe.train, ranks.world)
-        share, positions = [], []
-        for batch in self._stream(index, masked=False).micro_batches(
-            start=0, stop=recipe.train.batch_size, batch_size=recipe.train.batch_size, micro_batch_size=micro,
-            rank=ranks.rank, world=ranks.world, workers=min(1, recipe.data.workers),
-        ):  # fmt: skip
-            self._stop_if_asked()
-            with torch.no_grad():
-                latents = tokenizer.latents(to_device(batch.tensors, ranks.device)["values"]).float()
-            share.append(spread(latents, INITIAL_LATENTS // recipe.train.batch_size))
-            positions += batch.positions
-        order = ranks.gather(torch.tensor(positions, device=ranks.device)).argsort()
-        latents = ranks.gather(torch.cat(share))[order].flatten(0, 1)
-        if ranks.first:
-            generator = torch.Generator(device=ranks.device).manual_seed(self._seed(index, 2))
-            tokenizer.quantizer.initialize(latents, generator)
-        for buffer in tokenizer.quantizer.buffers():
-            ranks.share(buffer)
+        stream = self._stream(index, masked=False)
+        seed = self._seed(index, 2)
+        initialise_codebooks(
+            tokenizer, stream, self.recipe, self.ranks, seed, self._stop_if_asked, self.modality.deviation
+        )
 
     def _train(
         self,
         index: int,
-        phase: EncoderPhase | TokenizerPhase,
+        phase: EncoderPhase | TokenizerPhase | JointPhase,
         step: int | None,
         run_log: RunLog | None,
         keeper: Keeper,
@@ -215,7 +211,7 @@ class PretrainingRun:
         if step is not None:
             fill(job.module, checkpoints.step(step) / "model.safetensors", self.ranks)
         sizes = ", ".join(f"{name} {parameter_count(part) / 1e6:.2f} M" for name, part in job.parts.items())
-        engine = build_engine(job.module, self.ds_config, self.recipe.train, phase.lr)
+        engine = build_engine(job.module, self.ds_config, self.recipe.train, phase.lr, job.slow_part)
         if step is not None:
             position = checkpoints.restore(engine, step, self.ranks)
         if run_log is not None:
@@ -228,34 +224,69 @@ class PretrainingRun:
             index, phase, job, engine, stream, self._heldout_stream(job.masked), length,
             self.recipe.train, self.recipe.data, self.ranks, checkpoints, keeper, run_log, self.stop,
         ).run(position)  # fmt: skip
-        checkpoints.finish(part_states(engine, job.parts, self.ranks), position, keeper)
+        found = part_states(engine, job.parts, self.ranks)
+        checkpoints.finish({name.rpartition(".")[2]: part for name, part in found.items()}, position, keeper)
         engine.destroy()
 
-    def _job(self, index: int, phase: EncoderPhase | TokenizerPhase, fresh: bool) -> PhaseJob:
+    def _job(self, index: int, phase: EncoderPhase | TokenizerPhase | JointPhase, fresh: bool) -> PhaseJob:
         """Builds a phase's components: the trained half afresh or from the phase before, the frozen half read."""
         make, quantizer = self.components, self.recipe.model.quantizer
-        before = last_of(self.recipe, index, EncoderPhase)
+        before = encoder_before(self.recipe, index)
+        if isinstance(phase, JointPhase):
+            return self._joint_job(index, phase, fresh)
         if isinstance(phase, EncoderPhase):
             encoder = make.encoder(self._seed(index, 3))
             if before is not None and phase.init == "continue":
                 self._fill(encoder, before, "encoder")
-            tokenizer = self._tokenizer_for(index)
             return EncoderPhaseJob(
-                encoder, make.decoder(self._seed(index, 4)), tokenizer, quantizer, self.ranks.device, self.bf16
-            )
+                encoder, make.decoder(self._seed(index, 4)), self._tokenizer_for(index), quantizer,
+                self.ranks.device, self.bf16, phase.soft_codes,
+            )  # fmt: skip
         assert before is not None
-        teacher = make.encoder(0)
+        teacher, learner = make.encoder(0), make.tokenizer(self._seed(index, 5))
         self._fill(teacher, before, "encoder")
-        learner = make.tokenizer(self._seed(index, 5))
+        if phase.init == "teacher":
+            learner.encoder.load_state_dict(teacher.state_dict())
+        target = TargetScale(teacher.width) if phase.target == "standardized" else None
         if fresh:
             self._initialise(learner, index)
+            self._fit_target(target, teacher, index)
         return TokenizerPhaseJob(
-            learner, make.estimator(self._seed(index, 6)), teacher, quantizer, self.ranks.device, self.bf16
-        )
+            learner, make.estimator(self._seed(index, 6)), teacher, quantizer, self.ranks.device, self.bf16,
+            target, self._tokenizer_of(cold_start_of(self.recipe)),
+        )  # fmt: skip
+
+    def _joint_job(self, index: int, phase: JointPhase, fresh: bool) -> JointPhaseJob:
+        make, quantizer = self.components, self.recipe.model.quantizer
+        encoder, tokenizer = make.encoder(self._seed(index, 3)), make.tokenizer(self._seed(index, 5))
+        target = TargetScale(encoder.width, follows=True) if phase.target == "standardized" else None
+        before, learned = encoder_before(self.recipe, index), tokenizer_before(self.recipe, index)
+        warm = phase.init == "continue"
+        if warm and before is not None:
+            self._fill(encoder, before, "encoder")
+        if warm and learned is not None:
+            self._fill(tokenizer, learned, "tokenizer")
+        elif fresh:
+            self._initialise(tokenizer, index)
+        if fresh:
+            self._fit_target(target, encoder, index)
+        estimator = make.estimator(self._seed(index, 6))
+        return JointPhaseJob(
+            EncoderModule(encoder, make.decoder(self._seed(index, 4))),
+            TokenizerModule(tokenizer, estimator, quantizer.cosine_weight, target),
+            phase, quantizer, self.ranks.device, self.bf16, self._tokenizer_of(cold_start_of(self.recipe)),
+        )  # fmt: skip
+
+    def _fit_target(self, target: TargetScale | None, teacher: Encoder, index: int) -> None:
+        if target is not None:
+            stream = self._stream(index, masked=False)
+            fit_target(target, teacher, stream, self.recipe, self.ranks, self.bf16, self._stop_if_asked)
 
     def _tokenizer_for(self, index: int) -> Tokenizer:
         """The tokenizer whose codes encoder phase `index` predicts."""
-        source = tokenizer_phase_of(self.recipe, index)
+        return self._tokenizer_of(tokenizer_phase_of(self.recipe, index))
+
+    def _tokenizer_of(self, source: int) -> Tokenizer:
         cold = isinstance(self.recipe.phases[source], ColdStartPhase)
         tokenizer = self.components.cold_start_tokenizer(0) if cold else self.components.tokenizer(0)
         self._fill(tokenizer, source, "tokenizer")
@@ -267,9 +298,8 @@ class PretrainingRun:
     def _export(self, index: int, anew: bool) -> None:
         """Writes the models that a finished phase stands for; unless `anew`, those that are not there: a run may be
         killed in between."""
-        iteration = sum(isinstance(phase, EncoderPhase) for phase in self.recipe.phases[: index + 1])
-        targets = [f"iteration-{iteration}"]
-        if index == max(i for i, phase in enumerate(self.recipe.phases) if isinstance(phase, EncoderPhase)):
+        targets = [f"iteration-{iteration_of(self.recipe, index)}"]
+        if index == last_model(self.recipe):
             targets.append("final")
         for target in (self.folder / "models" / name for name in targets):
             if anew or not is_whole(target):
@@ -283,19 +313,6 @@ class PretrainingRun:
         write_json(self.folder / "ds_config.json", self.ds_config)
         write_json(self.folder / "environment.json", environment(self.ranks))
         self.begun_with.write()
-
-
-def last_of(recipe: Recipe, index: int, kind: type) -> int | None:
-    """Index of the last phase of a kind before `index`."""
-    found = [i for i in range(index) if isinstance(recipe.phases[i], kind)]
-    return found[-1] if found else None
-
-
-def spread(latents: Tensor, count: int) -> Tensor:
-    """Up to `count` evenly spaced positions of each clip: ``[b, N, d]`` to ``[b, n, d]``."""
-    total = latents.shape[1]
-    picked = torch.linspace(0, total - 1, min(total, max(1, count)), device=latents.device).round().long()
-    return latents[:, picked]
 
 
 def cpu_state(module: torch.nn.Module) -> dict[str, Tensor]:

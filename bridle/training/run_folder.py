@@ -8,12 +8,13 @@ from typing import Any
 
 import yaml
 
-from bridle.config import ColdStartPhase, EncoderPhase, Recipe
+from bridle.config import ColdStartPhase, Recipe
 from bridle.modalities import build_modality
 from bridle.model_folder import save_model
 from bridle.settings import RecipeError
 from bridle.training.checkpoints import PhaseCheckpoints, read_position, read_tensors
 from bridle.training.manifest import check_folder
+from bridle.training.schedule import MAKES_ENCODER, iteration_of, tokenizer_phase_of
 
 FREE_TO_CHANGE = {
     "data.workers", "data.cache", "data.cache_gb", "data.max_corrupt", "train.micro_batch_size", "train.log_every",
@@ -25,7 +26,7 @@ DATA_NAMES = ("data.shards", "data.sources", "data.heldout")
 
 
 def export_model(run: Path, phase_index: int, target: Path) -> None:
-    """Writes the model that encoder phase `phase_index` of a run ended with, and the tokenizer that taught it.
+    """Writes the model that phase `phase_index` of a run ended with, and the tokenizer that taught it.
 
     Raises:
         CheckpointError: the phase is not finished, or its files are damaged.
@@ -33,9 +34,9 @@ def export_model(run: Path, phase_index: int, target: Path) -> None:
     recipe = read_run_recipe(run)
     modality = build_modality(recipe.modality, recipe.clip)
     source = tokenizer_phase_of(recipe, phase_index)
-    encoder = PhaseCheckpoints(run, phase_index, "encoder").finished
+    encoder = PhaseCheckpoints(run, phase_index, recipe.phases[phase_index].kind).finished
     tokenizer = PhaseCheckpoints(run, source, recipe.phases[source].kind).finished
-    iteration = sum(isinstance(phase, EncoderPhase) for phase in recipe.phases[: phase_index + 1])
+    iteration = iteration_of(recipe, phase_index)
     for folder in (encoder, tokenizer):
         check_folder(folder)
     position = read_position(encoder)
@@ -54,12 +55,12 @@ def export_model(run: Path, phase_index: int, target: Path) -> None:
 
 
 def finished_encoder_phases(run: Path) -> list[int]:
-    """Indexes of a run's finished encoder phases."""
+    """Indexes of a run's finished phases that end with a model."""
     recipe = read_run_recipe(run)
     return [
         index
         for index, phase in enumerate(recipe.phases)
-        if isinstance(phase, EncoderPhase) and PhaseCheckpoints(run, index, phase.kind).is_finished()
+        if isinstance(phase, MAKES_ENCODER) and PhaseCheckpoints(run, index, phase.kind).is_finished()
     ]
 
 
@@ -106,8 +107,3 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         for name, value in items
         for key, leaf in flatten(value, f"{prefix}.{name}" if prefix else str(name)).items()
     }
-
-
-def tokenizer_phase_of(recipe: Recipe, index: int) -> int:
-    """Index of the phase whose tokenizer gives encoder phase `index` its targets."""
-    return max(i for i in range(index) if recipe.phases[i].kind in ("cold_start", "tokenizer"))

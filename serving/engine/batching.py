@@ -27,11 +27,13 @@ class Entry:
 
     future: gets the window's array, or an exception. Cancelled when nobody waits any more.
     deadline: monotonic time after which the answer is of no use.
+    valid: positions of the window that are content.
     """
 
     operation: str
     deadline: float
     slot: int | None = None
+    valid: int = 0
     codes: npt.NDArray[np.int64] | None = None
     arrived: float = field(default_factory=time.monotonic)
     queue_seconds: float = 0.0

@@ -167,9 +167,10 @@ class Deployment:
         """
         pending: deque[tuple[Window, Entry]] = deque()
         windows = self.pool.windows(data)
+        per_step = math.prod(list(self.modality.grid.values())[1:])
         try:
             async for window in windows:
-                entry = Entry(operation, deadline, slot=window.slot)
+                entry = Entry(operation, deadline, slot=window.slot, valid=window.valid * per_step)
                 pending.append((window, entry))
                 self._batcher.submit(entry)
                 while pending and (len(pending) >= self._ahead or pending[0][1].future.done()):
@@ -222,7 +223,8 @@ class Deployment:
                     await channel.send(Dequantize(threads, list(codes.shape)), codes.tobytes())
                 else:
                     slots = [entry.slot for entry in batch if entry.slot is not None]
-                    await channel.send(Forward("codes" if operation == "codes" else "embed", threads, slots))
+                    valid = [entry.valid for entry in batch if entry.slot is not None]
+                    await channel.send(Forward("codes" if operation == "codes" else "embed", threads, slots, valid))
                 answer, payload = await channel.receive()
         finally:
             self._cores.give_back()

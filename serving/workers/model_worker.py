@@ -83,6 +83,10 @@ class _Worker:
             found += [alone, self._model.codes(clips)[: len(alone)]]
             self._model.embed(clips)
             self._model.embed(singles[0])
+            for padded in (clips, singles[0]):  # with padding attention has a mask, which is another graph
+                valid = [alone.shape[1] - 1] * len(padded)
+                self._model.codes(padded, valid)
+                self._model.embed(padded, valid)
         same = all(torch.equal(found[0], codes) for codes in found)
         return ModelReady(VERSION, self._model.info, codes_depend_on_batch=not same)
 
@@ -110,5 +114,5 @@ class _Worker:
             return self._model.dequantize(torch.frombuffer(payload, dtype=torch.int64).view(message.shape))
         clips = self._clips(self._slots, message.slots)
         if message.operation == "embed":
-            return self._model.embed(clips)
-        return self._model.codes(clips).to(torch.int32)
+            return self._model.embed(clips, message.valid)
+        return self._model.codes(clips, message.valid).to(torch.int32)

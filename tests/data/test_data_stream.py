@@ -299,3 +299,17 @@ time.sleep(60)
     while any(Path(f"/proc/{pid}").exists() for pid in loaders):
         assert time.monotonic() < deadline, "a loader outlives its parent"
         time.sleep(0.1)
+
+
+def test_a_sample_draws_other_numbers_in_every_epoch(shards: ShardSet) -> None:
+    """Without shuffling, so that it also stands at the same place of each epoch."""
+    stream = Stream(shards, make, seed=SEED, block=4, window=2, shuffle=False)
+    total = sum(COUNTS)
+    found = list(
+        stream.micro_batches(
+            start=0, stop=3 * total, batch_size=total, micro_batch_size=total, rank=0, world=1, workers=0
+        )
+    )
+    assert all(batch.tensors["number"].tolist() == list(range(total)) for batch in found)
+    draws = torch.stack([batch.tensors["draw"] for batch in found])
+    assert len(draws.unique()) == 3 * total

@@ -81,3 +81,11 @@ def test_nothing_to_order_is_refused() -> None:
         SampleOrder([0, 0], 0, 1, 1)
     with pytest.raises(ValueError, match="at least 1"):
         SampleOrder([3], 0, 0, 1)
+
+
+def test_blocks_stand_in_another_order_in_every_epoch() -> None:
+    """Without mixing: windows of one block, and the blocks' first samples."""
+    order = SampleOrder([64], 0, 8, 1)
+    orders = [tuple(sample // 8 for sample in epoch_of(order, epoch)[::8]) for epoch in range(4)]
+    assert all(sorted(found) == list(range(8)) for found in orders)
+    assert len(set(orders)) == 4

@@ -1,4 +1,7 @@
-"""The shipped mini recipes, by the literal command on two processes: they learn, and what they leave can be used."""
+"""The shipped mini recipes, by the literal command on two processes: they learn, and what they leave can be used.
+
+Each is cut to a fifth of its steps: enough for what it learns to stand clear of its controls, measured in the same run.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,19 @@ import pytest
 from launching import ROOT, command, environment, rows
 
 from bridle.cli import main
-from bridle.model_folder import load
+from bridle.model_folder import load, stacked
 
 ALL = ("audio", "image", "video")
+SHORT = [
+    "phases.1.steps=300", "phases.2.steps=150", "phases.3.steps=100", "phases.1.warmup_steps=30",
+    "phases.2.warmup_steps=20", "phases.3.warmup_steps=20", "train.checkpoint_every=1000", "train.prometheus_port=0",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=ALL)
 def mini(request, tmp_path_factory) -> tuple[str, Path]:
     run = tmp_path_factory.mktemp(request.param) / "run"
-    arguments = ["--recipe", f"{request.param}-mini", "train.prometheus_port=0"]
+    arguments = ["--recipe", f"{request.param}-mini", *SHORT]
     done = subprocess.run(
         command(run, *arguments, ranks=2),
         env=environment(),
@@ -36,27 +43,24 @@ def mini(request, tmp_path_factory) -> tuple[str, Path]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_mini_run_learns_and_uses_its_codebooks(mini, tmp_path, capsys):
+def test_a_mini_run_learns_more_than_its_controls_know(mini, tmp_path, capsys):
     modality, run = mini
-    size = 32
     last = {(row["phase_index"], row["split"]): row for row in rows(run)}
-    first = next(row for row in rows(run) if row["phase"] == "tokenizer")
-    for phase in (1, 3):
-        trained, heldout = last[phase, "train"], last[phase, "heldout"]
-        accuracy, majority = heldout["accuracy"], heldout["codebook_majority"]
-        assert sum(trained["loss_per_codebook"]) < 0.85 * 4 * math.log(size)
-        assert sum(heldout["loss_per_codebook"]) < 0.85 * 4 * math.log(size)
-        # The control is who always guesses the most frequent code of these very clips. Later codebooks hold what the
-        # first ones leave over, and how much of that is learned in minutes hangs on the machine: their sum counts.
-        assert sum(accuracy) > 1.1 * sum(majority), (accuracy, majority)
-        assert accuracy[0] > 1.2 * majority[0], (accuracy, majority)
-    assert first["cosine"] < 0.5
-    assert last[2, "heldout"]["cosine"] > 0.8
+    for phase in (1, 3):  # against who knows a patch's position, or the most frequent code, and nothing of the clip
+        heldout = last[phase, "heldout"]
+        for control in ("position_accuracy", "codebook_majority"):
+            assert sum(heldout["accuracy"]) > 1.05 * sum(heldout[control]), (control, heldout)
+        assert sum(heldout["loss_per_codebook"]) < 0.9 * 4 * math.log(32), heldout
+    tokenizer = last[2, "heldout"]
+    assert tokenizer["r2"] > tokenizer["r2_cold_start"] + 0.05, tokenizer  # the random projection's codes
+    assert tokenizer["cosine"] > tokenizer["mean_cosine"] + 0.1, tokenizer  # the mean embedding at the position
+    assert tokenizer["participation_ratio"] > 2.5, tokenizer
+    assert tokenizer["healthy"] is True and last[1, "heldout"]["healthy"] is True
 
     assert main(["codebooks", str(run / "models/final"), f"builtin:{modality}", "--out", str(tmp_path)]) == 0
     figures = json.loads(next(tmp_path.glob("*.json")).read_text())
     rates = [codebook["cur"] for codebook in figures["per_codebook"]]
-    assert min(rates) > 0.9, rates
+    assert min(rates) > 0.8, rates
 
 
 @pytest.mark.slow
@@ -70,11 +74,11 @@ def test_a_clip_has_the_same_codes_alone_in_a_batch_from_a_file_and_from_the_com
     shards = open_shards([f"builtin:{modality}-heldout"], extensions=model.modality.extensions)
     samples = [shards.read(i) for i in range(min(8, len(shards)))]
     windows = [next(iter(model.modality.windows(sample.data))) for sample in samples]
-    together = model.codes(torch.stack([window.values for window in windows]))
+    together = model.codes(*stacked(windows))
     file = tmp_path / f"clip.{samples[0].extension}"
     file.write_bytes(samples[0].data)
     for window, codes in zip(windows, together, strict=True):
-        assert torch.equal(model.codes(window.values[None])[0], codes)
+        assert torch.equal(model.codes(*stacked([window]))[0, : window.positions], codes[: window.positions])
     from_file = model.tokenize(file)
     assert torch.equal(from_file.codes, model.tokenize(samples[0].data).codes)
     kept = min(len(from_file.codes), len(together[0]))

@@ -29,6 +29,7 @@ from bridle.evaluation.codebooks import (
     perplexity,
     usage_entropy,
 )
+from bridle.model_folder import stacked
 
 COUNTS = arrays.arrays(np.int64, st.tuples(st.integers(1, 4), st.integers(2, 40)), elements=st.integers(0, 10_000))
 
@@ -120,12 +121,7 @@ def test_error_of_a_stage_is_the_mean_square_of_what_it_leaves_over(shard: Path,
     total, positions = np.zeros(4), 0
     for i in (0, 2, 3):
         for clip in model.modality.windows(shards.read(i).data):
-            with torch.no_grad():
-                z = (
-                    model.tokenizer.latents(clip.values[None])[0, : clip.valid * clip.grid["frequency"]]
-                    .double()
-                    .numpy()
-                )
+            z = model.latents(*stacked([clip]))[0, : clip.positions].double().numpy()
             residual = z / np.linalg.norm(z, axis=1, keepdims=True)
             for m, book in enumerate(books):
                 residual = residual - book[((residual[:, None] - book) ** 2).sum(-1).argmin(1)]

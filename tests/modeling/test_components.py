@@ -68,7 +68,7 @@ def test_every_geometry_takes_a_step_of_both_phases(patch, size, decoder, class_
     learner.quantizer.initialize(learner.latents(values).flatten(0, 1).detach(), torch.Generator().manual_seed(0))
     tokenizer_job = TokenizerPhaseJob(learner, make.estimator(4), make.encoder(1), model.quantizer, device, bf16=False)
     before = learner.quantizer.codebooks.clone()
-    loss, metrics, codes = tokenizer_job.module(*tokenizer_job.inputs({"values": values}))
+    loss, metrics, codes, _ = tokenizer_job.module(*tokenizer_job.inputs({"values": values}))
     loss.backward()
     tokenizer_job.after_step(None)
     assert codes.shape == (2, count, 2)
@@ -180,3 +180,29 @@ def test_gather_positions_picks_rows():
     index = torch.tensor([[3, 0], [1, 1]])
     assert torch.equal(gather_positions(tokens, index)[1, 0], tokens[1, 1])
     assert torch.equal(gather_positions(tokens, index)[0, 0], tokens[0, 3])
+
+
+def test_a_visible_patch_keeps_the_position_that_it_has_in_the_clip():
+    """All patches shown in another order: the same embeddings in that order."""
+    encoder = Components(tiny(), AUDIO).encoder(0).eval()
+    values = torch.randn(2, 1, 64, 128)
+    order = torch.stack([torch.randperm(32) for _ in range(2)])
+    shown = encoder(values, order)[:, 1:]
+    torch.testing.assert_close(shown, gather_positions(encoder.embeddings(values), order), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_the_estimator_knows_where_a_code_stands(attention):
+    """The same code everywhere: the embeddings that it predicts differ from position to position."""
+    estimator = Components(tiny(estimator={"depth": 2, "attention": attention}), AUDIO).estimator(0).eval()
+    found = estimator(torch.randn(1, 1, 16).expand(1, 32, 16), (4, 8))[0]
+    assert torch.pdist(found).min() > 1e-3
+
+
+def test_a_position_wise_estimator_predicts_each_position_from_its_own_code():
+    estimator = Components(tiny(estimator={"depth": 2, "attention": False}), AUDIO).estimator(0).eval()
+    quantized = torch.randn(2, 32, 16)
+    changed = quantized.clone()
+    changed[:, 5] += 1.0
+    moved = (estimator(changed, (4, 8)) - estimator(quantized, (4, 8))).abs().amax((0, 2)) > 0
+    assert moved.nonzero().flatten().tolist() == [5]

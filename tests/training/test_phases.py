@@ -34,7 +34,7 @@ def batch():
 
 
 def step(job, batch):
-    loss, _, codes = job.module(*job.inputs(batch))
+    loss, _, codes, *_ = job.module(*job.inputs(batch))
     loss.backward()
     job.after_step(None)
     job.count(codes)
@@ -42,7 +42,7 @@ def step(job, batch):
 
 def test_the_target_tokenizer_sees_the_unmasked_clip(jobs, batch):
     encoder, _ = jobs
-    _, _, masked, codes = encoder.inputs(batch)
+    _, _, masked, codes, _ = encoder.inputs(batch)
     assert codes.shape == (4, 32, 2)
     assert torch.equal(codes, encoder.tokenizer.codes(batch["values"]))
     other = {**batch, "masked": batch["visible"], "visible": batch["masked"]}
@@ -52,7 +52,7 @@ def test_the_target_tokenizer_sees_the_unmasked_clip(jobs, batch):
 
 def test_the_loss_counts_masked_patches_only(jobs, batch):
     encoder, _ = jobs
-    values, visible, masked, codes = encoder.inputs(batch)
+    values, visible, masked, codes, _ = encoder.inputs(batch)
     before = encoder.module(values, visible, masked, codes)[0]
     changed = codes.clone()
     changed.scatter_(1, visible.unsqueeze(-1).expand(-1, -1, 2), 0)

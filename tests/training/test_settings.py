@@ -62,7 +62,8 @@ def test_a_modality_refuses_unknown_keys_too():
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_loads_with_its_modality(name):
     recipe = load_recipe(name)
-    assert build_modality(recipe.modality, recipe.clip).name == recipe.modality
+    clip = {key: value for key, value in recipe.clip.items() if value != "auto"}  # which a run replaces first
+    assert build_modality(recipe.modality, clip).name == recipe.modality
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
