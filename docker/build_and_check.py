@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,8 @@ def check_image(tool: Any, kind: str, tag: str) -> dict[str, Any]:
     has, lacks = EXTRAS[kind]
     code, said = ended(tool, tag, ["python3", "-c", f"import {has}; print('has', {has}.__version__); import {lacks}"])
     assert code == 1 and f"No module named '{lacks}'" in said, said
-    say(f"{tag}: user {USER}, read-only root, labels {labels}; has {has}, lacks {lacks}")
+    say(f"{tag}: user {USER}, read-only root, version {labels['version']}, revision {labels['revision']}")
+    say(f"{tag}: has {has}, lacks {lacks}")
     return config
 
 
@@ -191,7 +193,7 @@ def check_serving(tool: Any, tag: str, runs: Path) -> None:
     healthy(tool, tag, config, process, BRIDLE_PORT=port)
     request = urllib.request.Request(f"http://127.0.0.1:{port}/tokenize", clip.read_bytes(), method="POST")
     with urllib.request.urlopen(request, timeout=60) as answer:
-        codes = json.load(answer)["codes"]
+        codes = json.load(answer)["clips"][0]["codes"]
     say(f"{tag}: POST /tokenize answers {len(codes)} x {len(codes[0])} codes, the first {codes[0][:8]}")
     code, said = ended(tool, tag, ["bridle", "tokenize", "/models/final", "/models/clip.wav"], mounts)
     assert code == 0 and json.loads(said.splitlines()[-1])["codes"] == codes, said
@@ -227,8 +229,13 @@ def main() -> int:
     base = args.base
     if base and Path(base).is_dir():
         base = tool.import_base(Path(base))
-    revision = output(["git", "describe", "--always", "--dirty"], cwd=ROOT)
-    arguments = ["--build-arg", f"FLAVOUR={args.flavour}", "--build-arg", f"REVISION={revision}"]
+    labels = {
+        "REVISION": output(["git", "describe", "--always", "--dirty"], cwd=ROOT),
+        "VERSION": output([sys.executable, "-c", "import bridle; print(bridle.__version__)"], cwd=ROOT),
+        "CREATED": datetime.now(UTC).isoformat(timespec="seconds"),
+        "FLAVOUR": args.flavour,
+    }
+    arguments = [word for name, value in labels.items() for word in ("--build-arg", f"{name}={value}")]
     arguments += ["--build-arg", f"BASE={base}"] if base else []
     runs = scratch / "runs"
     runs.mkdir()
