@@ -35,6 +35,7 @@ EXTRAS = {"train": ("deepspeed", "fastapi"), "serve": ("fastapi", "deepspeed")}
 STEPS = {1: 20, 2: 1, 3: 1}
 """Of each phase of the recipe, so that it takes seconds."""
 began = time.monotonic()
+started: list[subprocess.Popen[str]] = []
 
 
 def say(text: str) -> None:
@@ -43,6 +44,12 @@ def say(text: str) -> None:
 
 def output(words: list[str], **more: Any) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True, **more).stdout.strip()
+
+
+def begun(words: list[str]) -> subprocess.Popen[str]:
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started.append(process)
+    return process
 
 
 class Docker:
@@ -64,7 +71,7 @@ class Docker:
         command += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--entrypoint", *entry]
         command += [word for place, inside in mounts.items() for word in ("--volume", f"{place}:{inside}")]
         command += [word for name, value in environment.items() for word in ("--env", f"{name}={value}")]
-        return subprocess.Popen([*command, tag, *rest], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return begun([*command, tag, *rest])
 
     def stop(self, process: subprocess.Popen[str]) -> None:
         process.terminate()  # docker run passes it on
@@ -121,7 +128,7 @@ class Buildah:
             f"exec chroot {root} " + shlex.join([*drop, "env", "-i", *variables, "sh", "-c", *inside]),
         ]  # fmt: skip
         command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", "\n".join(steps)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return begun(command)
 
     def stop(self, process: subprocess.Popen[str]) -> None:
         """SIGTERM to the container's first process, which is the child of unshare."""
@@ -249,6 +256,10 @@ def main() -> int:
             if not args.keep:
                 tool.remove(tag)
     finally:
+        for process in started:
+            if process.poll() is None:
+                tool.stop(process)
+                process.communicate(timeout=60)
         if not args.keep:
             shutil.rmtree(scratch)
     say("both images hold")
