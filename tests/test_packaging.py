@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
 SETS = {
     "library": (),
-    "train": ("train", "s3"),
+    "train": ("train", "s3", "tokens"),
     "serving": ("serving", "s3", "tracing"),
 }
 """The extras of each image; `library` is what `pip install bridle` brings."""
 FOREIGN = {
     "library": {"deepspeed", "fastapi", "uvicorn", "starlette", "tensorboard", "boto3"},
-    "train": {"fastapi", "uvicorn", "starlette", "python-multipart", "pyarrow"},
+    "train": {"fastapi", "uvicorn", "starlette", "python-multipart"},
     "serving": {"deepspeed", "ninja", "tensorboard", "decord", "webdataset"},
 }
 LEFT_OUT = {"library": ("bridle.training", "serving"), "train": ("serving",), "serving": ("bridle.training",)}

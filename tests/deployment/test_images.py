@@ -17,7 +17,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 FILES = sorted(path.name for path in DOCKER.glob("*.Dockerfile"))
-EXTRAS = {"train.Dockerfile": {"train", "s3"}, "serve.Dockerfile": {"serving", "s3", "tracing"}}
+EXTRAS = {"train.Dockerfile": {"train", "s3", "tokens"}, "serve.Dockerfile": {"serving", "s3", "tracing"}}
 
 
 def compose(name: str = "compose.yaml") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bridle.training.metrics import PrometheusMetrics
+from bridle.training.metrics import ALARMS, PrometheusMetrics
 from serving.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -79,3 +79,8 @@ def test_every_alert_is_seen_to_fire_and_has_a_section_in_the_runbook(alert: str
     assert section, f"docs/runbook.md has no section {alert}"
     for part in ("**Means.**", "**Look.**", "**Do.**"):
         assert part in section.group(1), f"{alert}: the runbook does not say {part}"
+
+
+def test_the_runbook_says_what_each_kind_of_alarm_means() -> None:
+    section = (ROOT / "docs/runbook.md").read_text().split("### BridleTrainAlarm")[1].split("\n###")[0]
+    assert not [kind for kind in ALARMS if f"`{kind}`" not in section]

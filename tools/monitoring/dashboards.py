@@ -121,7 +121,11 @@ def training() -> str:
     wait = f"rate({TRAIN.data_wait}{{{OF}}}[{ROWS}])"
     board.with_panel(_lines("Waiting for clips", [(wait, "{{instance}}")], "percentunit"))
     board.with_row(dashboard.Row("Safety"))
-    board.with_panel(_lines("A checkpoint", [(f"{TRAIN.checkpoint}{{{OF}}}", "{{instance}}")], "s"))
+    checkpoint = [
+        (f"{TRAIN.checkpoint}{{{OF}}}", "{{instance}}: writing"),
+        (f"{TRAIN.checkpoint_stall}{{{OF}}}", "{{instance}}: training waits"),
+    ]
+    board.with_panel(_lines("The last checkpoint", checkpoint, "s"))
     alarms = f"sum by (instance, kind) (increase({TRAIN.alarms}{{{OF}}}[5m]))"
     board.with_panel(_lines("Alarms (in 5 min)", [(alarms, "{{instance}} {{kind}}")], "short"))
     corrupt = f"sum by (instance) (rate({TRAIN.corrupt}{{{OF}}}[{ROWS}]))"
