@@ -29,7 +29,8 @@ FOREIGN = {
     "train": {"fastapi", "uvicorn", "starlette", "python-multipart"},
     "serving": {"deepspeed", "ninja", "tensorboard", "decord", "webdataset"},
 }
-LEFT_OUT = {"library": ("bridle.training", "serving"), "train": ("serving",), "serving": ("bridle.training",)}
+TRAINING = ("bridle.training", "bridle.pretrain")
+LEFT_OUT = {"library": (*TRAINING, "bridle.tokens.metrics", "serving"), "train": ("serving",), "serving": TRAINING}
 """Modules whose libraries that set is free of. `bridle.client` needs httpx, of the set `serving`."""
 
 IMPORT_ALL = """
