@@ -147,6 +147,13 @@ def quantities_parse(manifests: list[Manifest]) -> Faults:
             for key in sorted(devices):
                 if requests.get(key) != limits.get(key):
                     yield where, f"{key}: requests and limits differ"
+            on_disk = sum(
+                quantity(empty["sizeLimit"])
+                for volume in pod.spec.get("volumes", [])
+                if (empty := volume.get("emptyDir")) and not empty.get("medium")
+            )
+            if on_disk > limits.get("ephemeral-storage", on_disk):
+                yield where, "its disk volumes may grow past its limit of ephemeral-storage, which evicts it"
             mounted = sum(in_memory.get(mount["name"], Decimal(0)) for mount in container.get("volumeMounts", []))
             if mounted >= limits["memory"]:
                 yield where, "its memory volumes could take all of its memory"
