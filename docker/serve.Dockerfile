@@ -15,11 +15,12 @@ RUN python3 -m venv /tools \
     && /tools/bin/python -m pip install --quiet --no-cache-dir --require-hashes --requirement /tools/uv.lock
 # A file that the lock does not name, or with another hash, ends the build. Certificates are the base's.
 RUN python3 -m venv --without-pip /opt/bridle \
-    && lock=requirements.lock \
-    && if [ "$FLAVOUR" = cpu ] && [ -f requirements-cpu.lock ]; then lock=requirements-cpu.lock; fi \
-    && echo "installing from $lock" \
+    && set -- --constraint requirements.lock \
+    && if [ "$FLAVOUR" = cpu ] && [ -f requirements-cpu.lock ]; then \
+        set -- --constraint requirements-cpu.lock --torch-backend cpu; fi \
+    && echo "installing with $*" \
     && /tools/bin/uv pip install --system-certs --python /opt/bridle --no-cache --compile-bytecode --require-hashes \
-        --constraint "$lock" --build-constraint requirements.lock \
+        "$@" --build-constraint requirements.lock \
         --requirement pyproject.toml --extra serving --extra tracing --extra s3
 COPY . .
 RUN /tools/bin/uv pip install --python /opt/bridle --no-cache --compile-bytecode \
