@@ -74,6 +74,7 @@ class Engine:
         self.timings = Timings()
         self._values: list[torch.Tensor] = []
         self._owners: list[_Sample] = []
+        self._content: list[int] = []
         self._running: tuple[torch.Tensor, list[_Sample]] | None = None
 
     def run(self, units: Iterator[int]) -> Iterator[Finished]:
@@ -114,6 +115,7 @@ class Engine:
             sample.piece.fault, sample.piece.ends = piece.fault, piece.ends
             sample.clips += piece.clips
             self._owners += [sample] * len(piece.clips)
+            self._content += [clip.positions for clip in piece.clips]
         if values is not None:
             self._values.append(values)
             unit.finished.windows += len(values)
@@ -128,8 +130,9 @@ class Engine:
         batch, rest = values[:count], values[count:]
         self._values = [rest] if len(rest) else []
         owners, self._owners = self._owners[:count], self._owners[count:]
+        content, self._content = self._content[:count], self._content[count:]
         began = time.perf_counter()
-        codes = self.model.codes(batch)
+        codes = self.model.codes(batch, content)
         self.timings.model += time.perf_counter() - began
         self._settle()
         self._running = codes, owners

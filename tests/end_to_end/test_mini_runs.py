@@ -60,7 +60,7 @@ def test_a_mini_run_learns_more_than_its_controls_know(mini, tmp_path, capsys):
     assert main(["codebooks", str(run / "models/final"), f"builtin:{modality}", "--out", str(tmp_path)]) == 0
     figures = json.loads(next(tmp_path.glob("*.json")).read_text())
     rates = [codebook["cur"] for codebook in figures["per_codebook"]]
-    assert min(rates) > 0.8, rates
+    assert min(rates) > 0.5, rates
 
 
 @pytest.mark.slow
