@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -41,6 +42,9 @@ EXTRAS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 on success, 2 on a wrong argument, 1 on failure."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--traceback" in arguments:
+        arguments.remove("--traceback")
+        os.environ["BRIDLE_TRACEBACK"] = "1"
     return report_mistakes("bridle", lambda: _dispatch(arguments))
 
 
@@ -52,7 +56,7 @@ def report_mistakes(program: str, job: Callable[[], int]) -> int:
     """
     try:
         settle()
-        return job()
+        return _traced(job)
     except RecipeError as error:
         # Every rank finds the same, and each node has its own log; what one may find alone has a class of its own.
         if os.environ.get("LOCAL_RANK", "0") == "0" or type(error) is not RecipeError:
@@ -72,6 +76,22 @@ def report_mistakes(program: str, job: Callable[[], int]) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if program != "bridle":  # a job's log is read afterwards
+            raise
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"{program}: internal error: {told} (a fault of bridle's; --traceback shows where)", file=sys.stderr)
+        return 1
+
+
+def _traced(job: Callable[[], int]) -> int:
+    """Runs `job`; prints the traceback of what it raises where `--traceback` or BRIDLE_TRACEBACK=1 asks for it."""
+    try:
+        return job()
+    except Exception:
+        if os.environ.get("BRIDLE_TRACEBACK", "0") not in ("", "0"):
+            traceback.print_exc()
+        raise
 
 
 def _file_of(command: str) -> ModuleType:
@@ -81,6 +101,7 @@ def _file_of(command: str) -> ModuleType:
 def _dispatch(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bridle", description="Discrete tokens of sound, images and video.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     wanted = next((word for word in arguments if not word.startswith("-")), None)
     for name in COMMANDS:

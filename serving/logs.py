@@ -1,16 +1,97 @@
-"""One JSON object a line on standard error: `time`, `level`, `event` and what belongs to it."""
+"""One JSON object a line on standard error: `time`, `level`, `event` and what belongs to it.
+
+A thread writes. Whoever logs only puts a line in a queue, and drops it where the queue is full: a pipe that nobody
+reads, a terminal that is stopped or a full disk holds nothing up. What was dropped is counted, and told once lines
+flow again.
+"""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
-import sys
+import os
+import threading
+from collections import deque
 from datetime import UTC, datetime
 from typing import Any
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+QUEUED = 10_000
+"""Lines that wait to be written at most."""
+STDERR = 2
+LAST_SECONDS = 1.0
+"""Time for the lines that are left when the process ends."""
 _least = 20
+
+
+class _Writer:
+    """The queue and the thread behind it, which starts with the first line (a fork has none)."""
+
+    def __init__(self) -> None:
+        self.dropped = 0
+        self._told = 0
+        self._lines: deque[str] = deque()
+        self._change = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._writing = False
+
+    def put(self, line: str) -> None:
+        with self._change:
+            if len(self._lines) >= QUEUED:
+                self.dropped += 1
+                return
+            self._lines.append(line)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="bridle-log", daemon=True)
+                self._thread.start()
+            self._change.notify_all()
+
+    def flush(self, patience: float) -> bool:
+        """Waits until all is written; whether it is."""
+        with self._change:
+            return self._change.wait_for(lambda: not self._lines and not self._writing, patience)
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                self._writing = False
+                self._change.notify_all()
+                self._change.wait_for(lambda: bool(self._lines))
+                lines = [self._lines.popleft() for _ in range(min(len(self._lines), 64))]
+                self._writing = True
+                lost = self.dropped - self._told
+                self._told = self.dropped
+            if lost:
+                lines.append(_line("warning", "lines were dropped; nobody took them in time", {"lines": lost}))
+            with contextlib.suppress(OSError):
+                rest = memoryview("".join(lines).encode())
+                while rest:  # not sys.stderr: a writer that hangs would hold its lock when the interpreter ends
+                    rest = rest[os.write(STDERR, rest) :]
+
+
+_writer = _Writer()
+
+
+def dropped_lines() -> int:
+    """Lines dropped so far."""
+    return _writer.dropped
+
+
+def flush(patience: float = LAST_SECONDS) -> bool:
+    """Waits until all lines are written, at most so many seconds; whether they are."""
+    return _writer.flush(patience)
+
+
+def _anew() -> None:
+    """After a fork: the thread stayed with the parent, and so do its lines."""
+    global _writer
+    _writer = _Writer()
+
+
+os.register_at_fork(after_in_child=_anew)
+atexit.register(flush)
 
 
 def set_level(level: str) -> None:
@@ -20,14 +101,15 @@ def set_level(level: str) -> None:
 
 
 def log(level: str, event: str, **fields: Any) -> None:
-    """Writes a line; fields that are None are left out. Never fails: a full disk or a closed pipe stops no request."""
-    if LEVELS[level] < _least:
-        return
+    """Writes a line; fields that are None are left out. Never fails and never waits."""
+    if LEVELS[level] >= _least:
+        _writer.put(_line(level, event, fields))
+
+
+def _line(level: str, event: str, fields: dict[str, Any]) -> str:
     line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level, "event": event}
     line |= {name: value for name, value in fields.items() if value is not None}
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(json.dumps(line, default=str) + "\n")
-        sys.stderr.flush()
+    return json.dumps(line, default=str) + "\n"
 
 
 class JsonHandler(logging.Handler):

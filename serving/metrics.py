@@ -14,6 +14,7 @@ from prometheus_client import (
 )
 
 from bridle import __version__
+from serving.logs import dropped_lines
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -24,6 +25,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        self._lost = 0
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
@@ -51,6 +53,7 @@ class Metrics:
         self.dropped = counter("dropped", "Windows dropped before the model: client gone, deadline.", ["model"])
         self.worker_restarts = counter("worker_restarts", "Processes that ended and were replaced.", ["kind", "model"])
         self.reloads = counter("reloads", "Model reloads, by outcome.", ["model", "outcome"])
+        self.lost_lines = counter("log_lines_dropped", "Lines of the log that nobody took in time.", [])
         self.ready = Gauge("bridle_serve_ready", "1 when /readyz says so.", registry=registry)
         self.model_info = Gauge(
             "bridle_serve_model_info", "Constant 1; what is loaded.", ["model", "modality", "sha256"], registry=registry
@@ -58,4 +61,6 @@ class Metrics:
 
     def text(self) -> bytes:
         """The exposition format."""
+        self.lost_lines.inc(dropped_lines() - self._lost)
+        self._lost = dropped_lines()
         return generate_latest(self.registry)

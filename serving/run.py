@@ -17,6 +17,9 @@ from serving.web.app import build_app
 from serving.web.protocol import bounded_protocol
 from serving.web.service import Service
 
+SPARE_FILES = 512
+"""Open files beside connections: processes, models, libraries, probes."""
+
 
 def run(settings: ServeSettings) -> int:
     """Serves until a signal ends it. Returns the exit code.
@@ -25,20 +28,20 @@ def run(settings: ServeSettings) -> int:
         ValueError, OSError, RuntimeError: wrong settings, a model that does not start, a port that is taken.
     """
     take_over_logging(settings.log_level)
-    _allow_files(settings.max_connections + 512)
+    most = _allow_files(settings.max_connections + SPARE_FILES) - SPARE_FILES
     service = Service(settings)
     listener = _listen(settings)
     with contextlib.closing(listener):
         loop_factory = uvicorn.Config("", log_config=None).get_loop_factory()  # uvloop where it is there
         with asyncio.Runner(loop_factory=loop_factory) as runner:
-            return runner.run(_serve(service, listener))
+            return runner.run(_serve(service, listener, min(settings.max_connections, max(64, most))))
 
 
-async def _serve(service: Service, listener: socket.socket) -> int:
+async def _serve(service: Service, listener: socket.socket, connections: int) -> int:
     settings = service.settings
     config = uvicorn.Config(
         build_app(service),
-        http=bounded_protocol(settings.max_connections, settings.header_timeout),
+        http=bounded_protocol(connections, settings.header_timeout),
         ws="none",
         lifespan="off",
         access_log=False,
@@ -104,10 +107,13 @@ def _listen(settings: ServeSettings) -> socket.socket:
     return listener
 
 
-def _allow_files(wanted: int) -> None:
+def _allow_files(wanted: int) -> int:
+    """Raises the limit of open files; returns what it is."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
-        if allowed < wanted:
-            log("warning", "few open files are allowed; raise ulimit -n", allowed=allowed, wanted=wanted)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        log("warning", "few open files are allowed; raise ulimit -n", allowed=allowed, wanted=wanted)
+    return allowed

@@ -77,7 +77,7 @@ class ServeSettings(Settings):
     max_bytes: Count = 64 * 1024 * 1024
     """Bytes of one request's body, and of one file in it."""
     max_clips: Count = 64
-    """Files in one request."""
+    """Files (or clips of codes) in one request."""
     max_seconds: Seconds = 3600.0
     """Seconds of sound or film in one file."""
     max_pixels: Count = 50_000_000
@@ -87,9 +87,11 @@ class ServeSettings(Settings):
     max_queue: Count = 64
     """Files accepted and not yet answered; one more gets 429."""
     max_queue_bytes: Count = 512 * 1024 * 1024
-    """Bytes of all bodies in memory; more gets 429."""
+    """Bytes of all bodies and answers in memory; more gets 429."""
+    max_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of both queues that one key (or one address without keys) gets while others wait."""
     max_connections: Count = 4096
-    """Open connections; more are closed at once."""
+    """Open connections; for one more the longest idle one is closed. /livez and /readyz still find a place."""
     max_codes: Count = 4_000_000
     """Codes in one `/dequantize` request."""
     request_timeout: Seconds = 120.0
@@ -97,7 +99,11 @@ class ServeSettings(Settings):
     header_timeout: Seconds = 10.0
     """Seconds for a connection's request line and headers, and to keep an idle connection."""
     body_idle_timeout: Seconds = 10.0
-    """Seconds without a byte of a body (or without the client taking a byte of the answer) before it is dropped."""
+    """Seconds without a byte of a body (or without the client taking a piece of the answer) before it is dropped."""
+    min_receive_rate: Annotated[float, Field(ge=0)] = 1024.0
+    """Bytes of a body a second, after 5 s; who sends more slowly gets 408."""
+    min_send_rate: Annotated[float, Field(ge=0)] = 65536.0
+    """Bytes of an answer a second, after 5 s; who reads more slowly is cut off."""
     lame_duck_seconds: Annotated[float, Field(ge=0)] = 3.0
     """Seconds after SIGTERM in which /readyz fails and everything else is still served."""
     drain_seconds: Seconds = 60.0

@@ -24,9 +24,11 @@ BELOW = {
     "modeling": {"config", "settings"},
     "modalities": {"config", "settings", "processes"},
     "data": {"config", "settings", "processes", "files", "home", "modalities.clip"},
-    "model_folder": {"config", "settings", "files", "modalities", "modeling"},
-    "tokens": {"config", "settings", "processes", "files", "modalities", "modeling", "data", "model_folder"},
+    "model": {"config", "settings", "modalities", "modeling"},
+    "model_folder": {"model", "config", "settings", "files", "modalities", "modeling"},
+    "tokens": {"model", "config", "settings", "processes", "files", "modalities", "modeling", "data", "model_folder"},
     "evaluation": {
+        "model",
         "config",
         "settings",
         "processes",
@@ -38,6 +40,7 @@ BELOW = {
         "tokens",
     },
     "training": {
+        "model",
         "processes",
         "config",
         "settings",
@@ -50,6 +53,7 @@ BELOW = {
         "evaluation",
     },
     "serving": {
+        "model",
         "processes",
         "config",
         "settings",

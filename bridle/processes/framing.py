@@ -138,10 +138,13 @@ class Channel:
         Raises:
             ConnectionError: the process is gone.
         """
-        self._writer.write(pack(message, len(payload)))
-        if payload:
-            self._writer.write(payload)
-        await self._writer.drain()
+        view = memoryview(payload).cast("B")
+        self._writer.write(pack(message, len(view)))
+        for start in range(0, len(view), _AT_ONCE):  # what the socket does not take at once is copied
+            self._writer.write(view[start : start + _AT_ONCE])
+            await self._writer.drain()
+        if not len(view):
+            await self._writer.drain()
 
     async def receive(self) -> tuple[Any, bytes]:
         """Receives a message of the allowed kinds, and its payload.

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset, Sampler
 
 from bridle.data.errors import ShardError
 from bridle.data.loaders import load
-from bridle.modalities.clip import Clip, ClipError, Modality
-from bridle.model_folder import without_values
+from bridle.modalities.clip import ClipError, Modality
+from bridle.modalities.joining import Place
 from bridle.tokens.sources import Inputs
 
 CHUNK_BYTES = 64 << 20
@@ -41,7 +41,7 @@ class Piece:
     """
 
     key: str
-    clips: list[Clip] = field(default_factory=list)
+    clips: list[Place] = field(default_factory=list)
     members: dict[str, bytes] | None = None
     fault: str | None = None
     ends: bool = False
@@ -90,7 +90,7 @@ class Decoder(Dataset[Any]):
             try:
                 for clip in self.modality.windows(raw.data) if raw.fault is None else ():
                     values.append(clip.values)
-                    piece.clips.append(without_values(clip))
+                    piece.clips.append(Place.of(clip))
                     if len(values) == self.windows or (len(values) + 1) * clip.values.nbytes > CHUNK_BYTES:
                         yield Chunk(pieces, torch.stack(values), ends=False)
                         piece = Piece(raw.key)

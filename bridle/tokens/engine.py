@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bridle.modalities.clip import Clip
+from bridle.modalities.joining import Place
 from bridle.model_folder import BridleModel, CodeStream
 from bridle.tokens.decoding import Piece, Task, decoded
 from bridle.tokens.records import Record
@@ -49,7 +49,7 @@ class _Sample:
     """A sample on its way: clips seen so far, and codes of those that the model has done."""
 
     piece: Piece
-    clips: list[Clip]
+    clips: list[Place]
     codes: list[torch.Tensor]
 
 

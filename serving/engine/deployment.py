@@ -16,7 +16,8 @@ import numpy.typing as npt
 from bridle.cores import available_cores
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Modality
-from bridle.model_folder import ModelConfig, read_config
+from bridle.model import ModelConfig
+from bridle.model_folder import read_config
 from bridle.processes.async_child import AsyncChild
 from bridle.processes.messages import (
     VERSION,
@@ -42,6 +43,8 @@ from serving.workers.arena import Arena
 
 MAX_ANSWER = 1 << 31
 """Bytes that a model process may answer with."""
+PIECE_NUMBERS = 1 << 20
+"""Numbers of latents that one batch makes of codes: 4 MB, of which a copy takes the event loop a millisecond."""
 
 
 class Deployment:
@@ -190,9 +193,13 @@ class Deployment:
         Raises:
             EngineError: a process ended. TimeoutError: the deadline passed.
         """
-        entry = Entry("dequantize", deadline, codes=codes)
-        self._batcher.submit(entry)
-        return await entry.future
+        step = max(1, PIECE_NUMBERS // self.config.quantizer.dim)  # others have their turn between two pieces
+        latents = []
+        for start in range(0, len(codes), step):
+            entry = Entry("dequantize", deadline, codes=codes[start : start + step])
+            self._batcher.submit(entry)
+            latents.append(await entry.future)
+        return latents[0] if len(latents) == 1 else await asyncio.to_thread(np.concatenate, latents)
 
     async def _run(self, device: str) -> None:
         """Feeds one model process for as long as the deployment lives, and replaces the process when it ends."""
@@ -220,7 +227,7 @@ class Deployment:
             channel = self._children[device].channel
             async with asyncio.timeout(self._settings.model_seconds):
                 if codes is not None:
-                    await channel.send(Dequantize(threads, list(codes.shape)), codes.tobytes())
+                    await channel.send(Dequantize(threads, list(codes.shape)), codes.data)
                 else:
                     slots = [entry.slot for entry in batch if entry.slot is not None]
                     valid = [entry.valid for entry in batch if entry.slot is not None]

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
-import torch
 
-from bridle.modalities.clip import Clip, ClipError, WrongKindError
-from bridle.model_folder import CodeStream
+from bridle.modalities.clip import ClipError, WrongKindError
+from bridle.modalities.joining import Place, joined
 from serving.engine.batching import Array
-from serving.engine.decoding import Window
 from serving.engine.deployment import Deployment
 from serving.engine.errors import AnswerTooLargeError, DeadlineError, FileError
 
 T = TypeVar("T")
 MAX_NUMBERS = 64_000_000
 """Numbers in an answer of any kind."""
+SMALL = 20_000
+"""Numbers that are handled without leaving the event loop."""
 
 
 @dataclass
@@ -41,13 +41,17 @@ class Timings:
 class Result:
     """One window's answer, its padding cut.
 
-    values: ``[n, M]`` codes or ``[n, D]`` embeddings; grid: the window's own, cut.
+    values: ``[n, M]`` codes or ``[n, D]`` embeddings.
     """
 
     deployment: Deployment
-    window: Window
+    place: Place
     values: Array
-    grid: dict[str, int]
+
+    @property
+    def grid(self) -> dict[str, int]:
+        """The window's own, its padding cut."""
+        return joined([self.place]).grid
 
 
 async def windows_of(
@@ -60,9 +64,6 @@ async def windows_of(
     """
     for index, deployment in enumerate(candidates):
         began = False
-        grid = deployment.modality.grid
-        first = next(iter(grid))
-        per_step = deployment.positions // grid[first]
         with deployment.used():
             try:
                 async with contextlib.aclosing(deployment.results(operation, data, deadline)) as results:
@@ -72,8 +73,8 @@ async def windows_of(
                         timings.model += entry.model_seconds
                         timings.windows += 1
                         timings.models.add(deployment.name)
-                        valid = min(window.valid, grid[first])
-                        yield Result(deployment, window, values[: valid * per_step], {**grid, first: valid})
+                        place = Place(deployment.modality.grid, window.valid, window.start_s, window.duration_s)
+                        yield Result(deployment, place, values[: place.positions])
                 return
             except WrongKindError:
                 if began or index == len(candidates) - 1:
@@ -98,8 +99,8 @@ async def whole(
     Raises:
         as `windows_of`; AnswerTooLargeError: an answer too large to hold.
     """
-    clips: list[Clip] = []
-    values: list[torch.Tensor] = []
+    places: list[Place] = []
+    values: list[Array] = []
     numbers = 0
     deployment = candidates[0]
     async with contextlib.aclosing(windows_of(candidates, operation, data, deadline, timings)) as results:
@@ -108,14 +109,11 @@ async def whole(
             numbers += result.values.size
             if numbers > MAX_NUMBERS:
                 raise AnswerTooLargeError(f"the answer has more than {MAX_NUMBERS} numbers; ask for a pooled one")
-            window = result.window
-            clips.append(
-                Clip(torch.empty(0), result.grid, next(iter(result.grid.values())), window.start_s, window.duration_s)
-            )
-            values.append(torch.from_numpy(np.array(result.values)))
-    size = deployment.config.quantizer.codebook_size
-    joined = CodeStream.from_windows(deployment.config.modality, size, clips, values)
-    return Stream(deployment, joined.codes.numpy(), joined.grid, joined.duration_s)
+            places.append(result.place)
+            values.append(np.array(result.values))  # a copy: else its batch's whole answer would stay
+    whole_values = values[0] if len(values) == 1 else await asyncio.to_thread(np.concatenate, values)
+    extent = joined(places)
+    return Stream(deployment, whole_values, extent.grid, extent.duration_s)
 
 
 async def each_clip(work: Sequence[Awaitable[T]]) -> list[T]:

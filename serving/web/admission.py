@@ -1,11 +1,9 @@
-"""Who may come in, how many at once, and for how long."""
+"""Who may come in, how many at once, for how long, and how much of the house one client may fill."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter, deque
 
 from serving.metrics import Metrics
 from serving.settings import ServeSettings
@@ -15,28 +13,31 @@ MIN_TIMEOUT = 0.1
 """Seconds; the least that `X-Request-Timeout` may say."""
 REMEMBERED = 64
 """Answers from whose times the service knows its own rate."""
+WAITING_SECONDS = 10.0
+"""A client that was here, or was sent away, so lately counts as one that waits."""
+MAX_CLIENTS = 10_000
+"""Clients that are remembered as waiting."""
 
 
 class Admission:
-    """Bounds the files and the bytes that are under way. A request of n files takes n places."""
+    """Bounds the files and the bytes that are under way. A request of n files takes n places.
+
+    While others wait, a client that holds places gets no more than `max_share` of them. A client is a key, or an
+    address where there are no keys.
+    """
 
     def __init__(self, settings: ServeSettings, metrics: Metrics) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._files = 0
-        self._bytes = 0
+        self._files: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
+        self._seen: dict[str, float] = {}
         self._finished: deque[float] = deque(maxlen=REMEMBERED)
 
-    @contextmanager
-    def request(self) -> Iterator[Places]:
-        """Places for one request's files and bytes, given back at the end."""
-        places = Places(self)
-        try:
-            yield places
-        finally:
-            self._move(-places.files, -places.bytes)
-            now = time.monotonic()
-            self._finished.extend([now] * min(places.files, REMEMBERED))
+    def places(self, client: str) -> Places:
+        """Places for one request's files and bytes; to be closed when the answer is sent."""
+        self._see(client)
+        return Places(self, client)
 
     @property
     def retry_after(self) -> float:
@@ -44,26 +45,48 @@ class Admission:
         if len(self._finished) < 2:
             return 1.0
         span = max(time.monotonic() - self._finished[0], 1e-3)
-        return min(60.0, max(1.0, 0.5 * self._files * span / len(self._finished)))
+        return min(60.0, max(1.0, 0.5 * self._files.total() * span / len(self._finished)))
 
-    def _move(self, files: int, size: int) -> None:
-        self._files += files
-        self._bytes += size
-        self._metrics.queued.set(self._files)
-        self._metrics.upload_bytes.set(self._bytes)
-
-    def take(self, files: int, size: int) -> None:
-        """Takes places.
+    def check(self, client: str, files: int, size: int) -> None:
+        """Whether there are places.
 
         Raises:
             ProblemError: there are none (429).
         """
         settings = self._settings
-        if self._files + files > settings.max_queue:
-            raise self._busy(f"{self._files} files are under way, max_queue is {settings.max_queue}")
-        if size and self._bytes + size > settings.max_queue_bytes:
-            raise self._busy(f"{self._bytes} bytes are under way, max_queue_bytes is {settings.max_queue_bytes}")
-        self._move(files, size)
+        self._check(client, self._files, files, settings.max_queue, "files", "max_queue")
+        self._check(client, self._bytes, size, settings.max_queue_bytes, "bytes", "max_queue_bytes")
+
+    def _check(self, client: str, taken: Counter[str], more: int, limit: int, what: str, name: str) -> None:
+        if not more:
+            return
+        if taken.total() + more > limit:
+            raise self._busy(f"{taken.total()} {what} are under way, {name} is {limit}")
+        share = int(self._settings.max_share * limit)
+        if taken[client] and taken[client] + more > share and self._others_wait(client):
+            raise self._busy(f"{taken[client]} {what} of yours are under way, and others wait; a share is {share}")
+
+    def _others_wait(self, client: str) -> bool:
+        since = time.monotonic() - WAITING_SECONDS
+        return any(seen > since for other, seen in self._seen.items() if other != client)
+
+    def _see(self, client: str) -> None:
+        now = time.monotonic()
+        self._seen.pop(client, None)
+        self._seen[client] = now  # the order is that of the times
+        while self._seen and (len(self._seen) > MAX_CLIENTS or next(iter(self._seen.values())) < now - WAITING_SECONDS):
+            del self._seen[next(iter(self._seen))]
+
+    def move(self, client: str, files: int, size: int) -> None:
+        """Takes places that `check` found, or gives them back."""
+        for taken, change in ((self._files, files), (self._bytes, size)):
+            taken[client] += change
+            if not taken[client]:
+                del taken[client]
+        if files < 0:
+            self._finished.extend([time.monotonic()] * min(-files, REMEMBERED))
+        self._metrics.queued.set(self._files.total())
+        self._metrics.upload_bytes.set(self._bytes.total())
 
     def _busy(self, detail: str) -> ProblemError:
         return ProblemError("busy", f"{detail}; wait as Retry-After says", retry_after=self.retry_after)
@@ -91,25 +114,46 @@ class Admission:
 class Places:
     """What one request has taken."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, client: str) -> None:
         self._admission = admission
+        self._client = client
         self.files = 0
         self.bytes = 0
 
-    def take_file(self) -> None:
-        """A place for one more file.
+    def look(self) -> None:
+        """Whether a file would find a place now; a busy service says so before it reads a body.
 
         Raises:
-            ProblemError: none is left (429).
+            ProblemError: it would not (429).
         """
-        self._admission.take(1, 0)
-        self.files += 1
+        self._admission.check(self._client, 1, 0)
+
+    def take_files(self, count: int) -> None:
+        """Places for so many more files, whose bodies are here: who sends slowly holds none.
+
+        Raises:
+            ProblemError: there are not so many (429).
+        """
+        self._admission.check(self._client, count, 0)
+        self._admission.move(self._client, count, 0)
+        self.files += count
 
     def take_bytes(self, size: int) -> None:
-        """Room for so many more bytes.
+        """Room for so many more bytes, of a body or of an answer.
 
         Raises:
             ProblemError: none is left (429).
         """
-        self._admission.take(0, size)
+        self._admission.check(self._client, 0, size)
+        self._admission.move(self._client, 0, size)
         self.bytes += size
+
+    def give_back_files(self) -> None:
+        """The work is done; the answer's bytes stay taken until they are sent."""
+        self._admission.move(self._client, -self.files, 0)
+        self.files = 0
+
+    def close(self) -> None:
+        """Gives all back."""
+        self._admission.move(self._client, -self.files, -self.bytes)
+        self.files = self.bytes = 0

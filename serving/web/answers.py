@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 from starlette.responses import Response
 
+from serving.engine.work import SMALL
+from serving.web.admission import Places
 from serving.web.npz import write_npz
 from serving.web.problems import ProblemError
 
@@ -20,8 +24,10 @@ NPZ = "application/x-npz"
 ARROW = "application/vnd.apache.arrow.stream"
 NDJSON = "application/x-ndjson"
 
-SMALL = 20_000
-"""Numbers that are written without leaving the event loop."""
+PIECE = 50_000
+"""Numbers that are written in one go."""
+BYTES = {JSON: 10, NPZ: 4, ARROW: 4}
+"""About as many bytes a number takes."""
 MAX_JSON_FLOATS = 2_000_000
 
 Clip = dict[str, Any]
@@ -54,39 +60,47 @@ def negotiate(accept: str | None, offered: Sequence[str]) -> str:
     return best
 
 
-async def answer(clips: list[Clip], kind: str, headers: dict[str, str]) -> Response:
-    """The response for clips, each of plain values and numpy arrays (of which the largest counts as its content).
+async def answer(
+    build: Callable[[], list[Clip]], numbers: int, kind: str, headers: dict[str, str], places: Places
+) -> Response:
+    """The response for the clips that `build` makes, of plain values and numpy arrays.
+
+    numbers: about how many they hold. Large answers are made in a thread, and count against `max_queue_bytes` until
+    they are sent.
 
     Raises:
-        ProblemError: too many floats for JSON.
+        ProblemError: too many floats for JSON; no room (429).
     """
-    numbers = sum(value.size for clip in clips for value in clip.values() if isinstance(value, np.ndarray))
-    floats = any(isinstance(v, np.ndarray) and v.dtype.kind == "f" for clip in clips for v in clip.values())
-    if kind == JSON and floats and numbers > MAX_JSON_FLOATS:
-        raise ProblemError("too-large", f"{numbers} numbers are too many for JSON; send Accept: {NPZ}")
-    write = {JSON: _json, NPZ: _npz, ARROW: _arrow}[kind]
-    body = write(clips) if numbers < SMALL else await asyncio.to_thread(write, clips)
+    places.give_back_files()
+    places.take_bytes(numbers * BYTES[kind])
+    make = partial(_body, build, kind)
+    body = make() if numbers < SMALL else await asyncio.to_thread(make)
     return Response(body, headers={**headers, "Cache-Control": "no-store"}, media_type=kind)
 
 
+def _body(build: Callable[[], list[Clip]], kind: str) -> bytes:
+    clips = build()
+    arrays = [value for clip in clips for value in clip.values() if isinstance(value, np.ndarray)]
+    floats = sum(array.size for array in arrays if array.dtype.kind == "f")
+    if kind == JSON and floats > MAX_JSON_FLOATS:
+        raise ProblemError("too-large", f"{floats} numbers are too many for JSON; send Accept: {NPZ}")
+    return {JSON: _json, NPZ: _npz, ARROW: _arrow}[kind](clips)
+
+
 def json_clip(clip: Clip) -> bytes:
-    """One clip as JSON. Rows are written one by one, so that other threads get their turn in a long one."""
-    parts = []
-    for name, value in clip.items():
-        if isinstance(value, np.ndarray) and value.ndim == 2:
-            text = "[" + ",".join(_dumps(row) for row in value) + "]"
-        else:
-            text = _dumps(value)
-        parts.append(f'"{name}":{text}')
-    return ("{" + ",".join(parts) + "}").encode()
+    """One clip as JSON. Float32 is written with the shortest digits that read back as the same float32."""
+    return b"{" + b",".join(b'"%s":%s' % (name.encode(), _dumps(value)) for name, value in clip.items()) + b"}"
 
 
-def _dumps(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        if value.dtype.kind == "f":  # numpy prints the shortest digits that read back as the same float32
-            return "[" + ",".join(map(str, value)) + "]"
-        value = value.tolist()
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+def _dumps(value: Any) -> bytes:
+    """In pieces, between which other threads have their turn."""
+    if not isinstance(value, np.ndarray):
+        return orjson.dumps(value)
+    if value.ndim > 1:
+        return b"[" + b",".join(_dumps(row) for row in value) + b"]"
+    row = np.ascontiguousarray(value)
+    pieces = (row[start : start + PIECE] for start in range(0, len(row), PIECE))
+    return b"[" + b",".join(orjson.dumps(piece, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1] for piece in pieces) + b"]"
 
 
 def _json(clips: list[Clip]) -> bytes:

@@ -15,12 +15,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bridle.settings import RecipeError
 from serving.logs import log
-from serving.settings import is_loopback
+from serving.settings import ServeSettings, is_loopback
 from serving.web.keys import presented_key
 from serving.web.problems import INTERNAL, ProblemError
 from serving.web.service import Service
 
 ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+PIECE = 256 * 1024
+"""Bytes of an answer that are handed to the connection at once; it holds about so many."""
+PATIENCE = 5.0
+"""Seconds before an answer's rate counts."""
 LEFTOVER_BYTES, LEFTOVER_SECONDS = 1 << 20, 1.0
 """What is still read of a refused body, so that the client gets to read the answer."""
 SECURITY = [
@@ -46,7 +50,7 @@ class Around:
             return
         method = scope["method"]
         scope = _normal(scope, self._service.settings.root_path.rstrip("/"))
-        exchange = _Exchange(scope, receive, send, self._service.settings.body_idle_timeout)
+        exchange = _Exchange(scope, receive, send, self._service.settings)
         metrics = self._service.metrics
         metrics.in_flight.inc()
         try:
@@ -56,6 +60,7 @@ class Around:
                     span.set_attribute("http.response.status_code", exchange.status)
                     span.set_attribute("bridle.request_id", exchange.id)
         finally:
+            exchange.close()
             metrics.in_flight.dec()
             route = getattr(scope.get("route"), "path", "other")
             seconds = time.perf_counter() - exchange.began
@@ -134,7 +139,7 @@ class Around:
 class _Exchange:
     """One request and its answer, watched."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, patience: float) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: ServeSettings) -> None:
         self.scope = scope
         self.headers = Headers(scope=scope)
         self.began = time.perf_counter()
@@ -144,7 +149,9 @@ class _Exchange:
         self.received = self.sent = 0
         self._receive = receive
         self._send = send
-        self._patience = patience
+        self._patience = settings.body_idle_timeout
+        self._min_rate = settings.min_send_rate
+        self._answering = 0.0
         self._started = False
         self._unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
@@ -168,10 +175,28 @@ class _Exchange:
             if self._unread:
                 added.append((b"connection", b"close"))
             message = {**message, "headers": [*message.get("headers", []), *added]}
-        else:
-            self.sent += len(message.get("body", b""))
-        async with asyncio.timeout(self._patience):  # a client that does not read must not hold memory for ever
+            self._answering = time.monotonic()
+            await self._send_in_time(message)
+            return
+        body = memoryview(message.get("body", b""))
+        last = max(0, len(body) - 1) // PIECE * PIECE
+        for start in range(0, last + 1, PIECE):
+            more = start < last or message.get("more_body", False)
+            await self._send_in_time({**message, "body": bytes(body[start : start + PIECE]), "more_body": more})
+            self.sent += min(PIECE, len(body) - start)
+
+    async def _send_in_time(self, message: Message) -> None:
+        """Sends a piece when the client has taken those before; one that reads too slowly is cut off."""
+        if self.sent < self._min_rate * (time.monotonic() - self._answering - PATIENCE):
+            raise TimeoutError
+        async with asyncio.timeout(self._patience):
             await self._send(message)
+
+    def close(self) -> None:
+        """Gives back what the request has taken."""
+        places = self.scope["state"].get("places")
+        if places is not None:
+            places.close()
 
     async def refuse(self, problem: ProblemError) -> None:
         """Answers with a problem; where an answer has begun already, breaks the connection off."""

@@ -1,30 +1,49 @@
-"""The HTTP protocol of uvicorn with bounds that it lacks: headers that never end, and too many connections."""
+"""The HTTP protocol of uvicorn with bounds that it lacks: headers that never end, and too many connections.
+
+Where all places are taken, the connection that has been idle (or without complete headers) longest gives its place up.
+Where none is idle, a few more may still ask for /livez and /readyz: a service at its limit is no dead one.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.web.problems import ProblemError
 
+PROBES = (b"/livez", b"/readyz")
+PROBE_PLACES = 64
+"""Connections beyond the limit, good for a probe."""
 MAX_HEADERS = 64 * 1024
 """Bytes of a request line and its headers."""
 
 
 def bounded_protocol(max_connections: int, header_timeout: float) -> type[HttpToolsProtocol]:
-    """A protocol that refuses connections over `max_connections`, and headers that are too long or take too long."""
+    """A protocol that bounds connections by `max_connections`, and refuses headers that are too long or too slow."""
+    idle: OrderedDict[HttpToolsProtocol, None] = OrderedDict()
 
     class BoundedProtocol(HttpToolsProtocol):
         _head_bytes = 0
         _head_timer: asyncio.TimerHandle | None = None
 
+        _only_probe = False
+        _refused = False
+
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            if len(self.connections) > max_connections:
+            over = len(self.connections) - max_connections
+            if over > 0 and idle:
+                oldest, _ = idle.popitem(last=False)
+                oldest.transport.close()
+            elif over > PROBE_PLACES:
                 transport.abort()
                 return
+            else:
+                self._only_probe = over > 0
+            idle[self] = None
             self._await_head()
 
         def data_received(self, data: bytes) -> None:
@@ -45,10 +64,29 @@ def bounded_protocol(max_connections: int, header_timeout: float) -> type[HttpTo
 
         def on_headers_complete(self) -> None:
             self._stop_timer()
+            idle.pop(self, None)
+            if self._only_probe and not self.url.partition(b"?")[0].endswith(PROBES):
+                self._refused = True
+                self._answer(ProblemError("busy", f"max_connections = {max_connections} are open", retry_after=1))
+                return
             super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            if not self._refused:
+                super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            if not self._refused:
+                super().on_message_complete()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if not self.transport.is_closing():
+                idle[self] = None
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
+            idle.pop(self, None)
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:

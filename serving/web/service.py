@@ -19,7 +19,7 @@ from serving.logs import log
 from serving.metrics import Metrics
 from serving.settings import ServeSettings
 from serving.tracing import Tracing
-from serving.web.admission import Admission
+from serving.web.admission import Admission, Places
 from serving.web.keys import KeyRing
 from serving.web.uploads import Uploads
 
@@ -60,6 +60,14 @@ class Service:
         """Ends all processes."""
         await self.registry.stop()
         self.tracing.close()
+
+    def places(self, request: Request) -> Places:
+        """Places for a request's files and bytes, given back when its answer is sent (see `Around`)."""
+        key = request.scope["state"].get("key")
+        address = request.client.host if request.client else ""
+        places = self.admission.places(f"key {key}" if key else f"address {address}")
+        request.scope["state"]["places"] = places
+        return places
 
     @property
     def ready(self) -> bool:

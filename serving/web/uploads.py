@@ -29,6 +29,8 @@ PACKED = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """Content-Encodings of a body, with zlib's name for each."""
 UNFOLDED_AT_ONCE = 1 << 18
 """Bytes of a packed body: 1 ms of the event loop."""
+PATIENCE = 5.0
+"""Seconds before a body's rate counts."""
 OVERHEAD = 4096
 """Bytes of multipart syntax allowed for each file, beyond `max_bytes`."""
 
@@ -46,13 +48,14 @@ class Uploads:
         Raises:
             ProblemError: 400, 408, 413, 422, 429.
         """
+        places.look()
         kind, options = parse_options_header(request.headers.get("content-type"))
         if kind.lower() == b"multipart/form-data":
             return await self._multipart(request, places, deadline, options.get(b"boundary", b""))
         if kind.lower().startswith(b"multipart/"):
             raise ProblemError("unsupported-kind", "a multipart body must be multipart/form-data")
-        places.take_file()
         body = await self.body(request, places, deadline, self._settings.max_bytes)
+        places.take_files(1)
         if not body:
             raise ProblemError("undecodable", "the body is empty; send the bytes of a file", clip=0)
         return [body]
@@ -105,8 +108,12 @@ class Uploads:
         if said.isdecimal() and int(said) > limit:
             raise _too_large(limit)
         total = 0
+        began = time.monotonic()
         stream = request.stream()
         while True:
+            behind = self._settings.min_receive_rate * (time.monotonic() - began - PATIENCE) - total
+            if behind > 0:
+                raise ProblemError("slow-request", f"{total} bytes came too slowly; see min_receive_rate")
             wait = min(self._settings.body_idle_timeout, deadline - time.monotonic())
             try:
                 async with asyncio.timeout(wait):
@@ -131,7 +138,7 @@ class Uploads:
             raise ProblemError(
                 "malformed", f"the multipart boundary has {len(boundary)} bytes, expected 1 to {MAX_BOUNDARY}"
             )
-        parts = _Parts(places, self._settings.max_clips)
+        parts = _Parts(self._settings.max_clips)
         parser = MultipartParser(
             boundary, parts.callbacks(), max_header_count=MAX_PART_HEADERS, max_header_size=MAX_PART_HEADER
         )
@@ -150,6 +157,7 @@ class Uploads:
             raise ProblemError("malformed", "the multipart body ends before its last boundary")
         if not parts.files:
             raise ProblemError("malformed", "the multipart body holds no part; send each file as a part named file")
+        places.take_files(len(parts.files))
         for index, file in enumerate(parts.files):
             if not file:
                 raise ProblemError("undecodable", "the part is empty; send the bytes of a file", clip=index)
@@ -159,10 +167,9 @@ class Uploads:
 class _Parts:
     """Collects the parts of a multipart body. Every part is a file, and has to be called so."""
 
-    def __init__(self, places: Places, max_clips: int) -> None:
+    def __init__(self, max_clips: int) -> None:
         self.files: list[bytearray] = []
         self.ended = False
-        self._places = places
         self._max_clips = max_clips
         self._field = b""
         self._value = b""
@@ -183,7 +190,6 @@ class _Parts:
     def _begin(self) -> None:
         if len(self.files) >= self._max_clips:
             raise ProblemError("too-large", f"more than max_clips = {self._max_clips} files; send several requests")
-        self._places.take_file()
         self.files.append(bytearray())
         self._field = self._value = b""
         self._name = None

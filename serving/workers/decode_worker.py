@@ -35,7 +35,7 @@ from bridle.processes.messages import (
     Slot,
     fault_of,
 )
-from serving.logs import take_over_logging
+from serving.logs import flush, take_over_logging
 
 PICTURE_WINDOWS = 16
 """Windows in a picture for people at most."""
@@ -62,6 +62,7 @@ def main(line: Line, memory: Shared) -> None:
             if isinstance(message, Decode | Draw):  # what else arrives here was meant for a job that has just ended
                 worker.job(message, bytes(data))
     except (EOFError, ConnectionError):
+        flush()
         os._exit(0)
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bridle.model_folder import BridleModel, load
+from bridle.model import BridleModel
+from bridle.model_folder import load
 from bridle.modeling.encoder import Encoder
 from bridle.processes.framing import Buffer, Line
 from bridle.processes.memory import Shared
@@ -28,7 +29,7 @@ from bridle.processes.messages import (
     Result,
     fault_of,
 )
-from serving.logs import take_over_logging
+from serving.logs import flush, take_over_logging
 
 
 def main(line: Line, memory: Shared) -> None:
@@ -46,6 +47,7 @@ def main(line: Line, memory: Shared) -> None:
         while True:
             line.send(*worker.answer(*line.receive()))
     except (EOFError, ConnectionError):
+        flush()
         os._exit(0)
 
 

@@ -41,7 +41,7 @@ def test_an_error_inside_the_model_is_a_fault_with_its_traceback(audio_folder: P
     asyncio.run(ask())
 
 
-def test_every_kind_of_error_has_its_problem(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_kind_of_error_has_its_problem(capfd: pytest.CaptureFixture[str]) -> None:
     assert problem_of(ChoiceError("x")).status == 422
     assert problem_of(ProcessEndedError("x")).headers()["Retry-After"] == "1"
     too_large = problem_of(FileError(3, TooLargeError("x")))
@@ -52,7 +52,7 @@ def test_every_kind_of_error_has_its_problem(capsys: pytest.CaptureFixture[str])
     assert "secret" not in json.dumps(problem.body("id-1"))
     logs.set_level("info")
     log_fault(fault, "id-1")
-    line = json.loads(capsys.readouterr().err)
+    line = _last_line(capfd)
     assert (line["request_id"], line["traceback"]) == ("id-1", "Traceback: here")
 
 
@@ -72,3 +72,9 @@ def test_a_route_that_declares_no_scope_is_refused() -> None:
 
     with pytest.raises(TypeError, match="/forgotten: declares no scope"):
         scopes_of(router.routes)
+
+
+def _last_line(capfd: pytest.CaptureFixture[str]) -> dict[str, object]:
+    assert logs.flush()
+    line: dict[str, object] = json.loads(capfd.readouterr().err.splitlines()[-1])
+    return line

@@ -18,7 +18,6 @@ from bridle.tokens.layouts import Vocabulary, to_text
 from serving.engine.deployment import Deployment
 from serving.engine.errors import DeadlineError, EngineError, FileError
 from serving.engine.work import Stream, Timings, each_clip, whole, windows_of
-from serving.web.admission import Places
 from serving.web.answers import ARROW, JSON, NDJSON, NPZ, Clip, answer, json_clip, negotiate
 from serving.web.openapi import FILES, problems
 from serving.web.problems import ProblemError, log_fault, problem_of
@@ -36,13 +35,13 @@ TheService = Annotated[Service, Depends(service_of)]
 class _Job:
     """What the routes here share: the files of a request, the models to try for each, its deadline and timings."""
 
-    def __init__(self, request: Request, service: Service, parameters: Parameters, places: Places) -> None:
+    def __init__(self, request: Request, service: Service, parameters: Parameters) -> None:
         self.request = request
         self.service = service
         self.deadline = service.admission.deadline(request.headers.get("x-request-timeout"))
         self.timings = Timings()
         self._parameters = parameters
-        self._places = places
+        self.places = service.places(request)
         if parameters.model is not None or parameters.modality is not None:
             service.registry.choose(parameters.model, parameters.modality, b"")  # wrong ones are told before reading
 
@@ -53,7 +52,7 @@ class _Job:
             ProblemError: see `Uploads.files`; no model takes one of them.
         """
         with self.service.tracing.step("receive"):
-            files = await self.service.uploads.files(self.request, self._places, self.deadline)
+            files = await self.service.uploads.files(self.request, self.places, self.deadline)
         return [(file, self._candidates(file, index)) for index, file in enumerate(files)]
 
     def _candidates(self, file: bytearray, index: int) -> list[Deployment]:
@@ -99,15 +98,21 @@ async def tokenize(
     kind = negotiate(request.headers.get("accept"), (JSON, NPZ, ARROW, NDJSON))
     if kind == NDJSON and parameters.layout not in (None, "interleaved"):
         raise ProblemError("wrong-parameter", f"layout {parameters.layout} needs the whole stream; not with {NDJSON}")
-    async with contextlib.AsyncExitStack() as stack:
-        job = _Job(request, service, parameters, stack.enter_context(service.admission.request()))
-        if kind != NDJSON:
-            streams = await job.streams("codes")
-            return await answer([_codes(one, parameters) for one in streams], kind, job.headers())
-        lines = _lines(job, await job.files(), parameters)
-        stack.push_async_callback(lines.aclose)
+    job = _Job(request, service, parameters)
+    if kind != NDJSON:
+        streams = await job.streams("codes")
+        numbers = sum(one.values.size for one in streams)
+        extra = 1 + (parameters.layout is not None) + 2 * parameters.text
+        return await answer(
+            lambda: [_codes(one, parameters) for one in streams], extra * numbers, kind, job.headers(), job.places
+        )
+    lines = _lines(job, await job.files(), parameters)
+    try:
         first = await while_wanted(request, anext(lines), job.deadline)
-        return _Lines(first, lines, stack.pop_all(), request.state.request_id)
+    except BaseException:
+        await lines.aclose()
+        raise
+    return _Lines(first, lines, request.state.request_id)
 
 
 @router.post("/encode", response_model=EncodeAnswer, responses=problems(NPZ, ARROW), openapi_extra=FILES)
@@ -115,10 +120,12 @@ async def tokenize(
 async def encode(request: Request, service: TheService, parameters: Annotated[EncodeParameters, Query()]) -> Response:
     """Files to the encoder's embeddings: their mean, or one for each position."""
     kind = negotiate(request.headers.get("accept"), (JSON, NPZ, ARROW))
-    with service.admission.request() as places:
-        job = _Job(request, service, parameters, places)
-        streams = await job.streams("embed")
-        return await answer([_embedding(one, parameters.pool) for one in streams], kind, job.headers())
+    job = _Job(request, service, parameters)
+    streams = await job.streams("embed")
+    numbers = sum(one.values.size for one in streams)
+    return await answer(
+        lambda: [_embedding(one, parameters.pool) for one in streams], numbers, kind, job.headers(), job.places
+    )
 
 
 @router.post(
@@ -134,15 +141,15 @@ async def picture(request: Request, service: TheService, parameters: Annotated[P
     Headers: X-Bridle-Frames, the frames shown; X-Bridle-Steps, the positions along the first axis that it covers.
     """
     negotiate(request.headers.get("accept"), ("image/png",))
-    with service.admission.request() as places:
-        job = _Job(request, service, parameters, places)
-        files = await job.files()
-        if len(files) != 1:
-            raise ProblemError("wrong-parameter", f"{len(files)} files, expected one", clip=1)
-        (file, models), *_ = files
-        drawn, png = (await while_wanted(request, each_clip([_picture(models, file)]), job.deadline))[0]
-        measures = {"X-Bridle-Frames": str(drawn.frames), "X-Bridle-Steps": str(drawn.steps)}
-        return Response(png, headers=measures, media_type="image/png")
+    job = _Job(request, service, parameters)
+    files = await job.files()
+    if len(files) != 1:
+        raise ProblemError("wrong-parameter", f"{len(files)} files, expected one", clip=1)
+    (file, models), *_ = files
+    drawn, png = (await while_wanted(request, each_clip([_picture(models, file)]), job.deadline))[0]
+    job.places.give_back_files()
+    measures = {"X-Bridle-Frames": str(drawn.frames), "X-Bridle-Steps": str(drawn.steps)}
+    return Response(png, headers=measures, media_type="image/png")
 
 
 async def _picture(models: list[Deployment], file: bytearray) -> tuple[Drawn, bytes]:
@@ -200,15 +207,15 @@ async def _lines(
         try:
             async with contextlib.aclosing(windows_of(models, "codes", file, job.deadline, job.timings)) as results:
                 async for result in results:
-                    window, deployment = result.window, result.deployment
+                    place, deployment = result.place, result.deployment
                     line: Clip = {"clip": index, "window": count, "model": deployment.name}
                     line |= {"modality": deployment.config.modality, "grid": result.grid}
-                    line |= {"start_s": window.start_s, "duration_s": window.duration_s}
+                    line |= {"start_s": place.start_s, "duration_s": place.duration_s}
                     line["codes"] = np.ascontiguousarray(result.values.T)
                     yield json_clip(line | _tokens(deployment, result.values, parameters)) + b"\n"
                     count += 1
-                    if window.duration_s is not None:
-                        seconds = (seconds or 0.0) + window.duration_s
+                    if place.duration_s is not None:
+                        seconds = (seconds or 0.0) + place.duration_s
         except ClipError as error:
             raise FileError(index, error) from None
         except TimeoutError:
@@ -220,18 +227,15 @@ async def _lines(
 class _Lines(StreamingResponse):
     """Lines as they come. An error after the first line becomes the last line: `{"problem": {...}}`."""
 
-    def __init__(
-        self, first: bytes, rest: AsyncGenerator[bytes, None], stack: contextlib.AsyncExitStack, request_id: str
-    ) -> None:
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], request_id: str) -> None:
         super().__init__(rest, media_type=NDJSON, headers={"Cache-Control": "no-store"})
         self._first = first
         self._rest = rest
-        self._stack = stack
         self._request_id = request_id
 
     async def stream_response(self, send: Send) -> None:
         """Sends the lines; whatever happens, the work behind them ends with the answer."""
-        async with self._stack:
+        async with contextlib.aclosing(self._rest):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": self._first, "more_body": True})
             try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, NoReturn
+import asyncio
+from functools import partial
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Depends, Query, Request
@@ -12,8 +14,9 @@ from starlette.responses import Response
 
 from bridle.tokens.layouts import TokenError, Vocabulary
 from serving.engine.deployment import Deployment
-from serving.engine.work import MAX_NUMBERS, each_clip
-from serving.web.answers import ARROW, JSON, NPZ, answer, negotiate
+from serving.engine.work import MAX_NUMBERS, SMALL, each_clip
+from serving.settings import ServeSettings
+from serving.web.answers import ARROW, JSON, NPZ, PIECE, answer, negotiate
 from serving.web.npz import read_npz
 from serving.web.openapi import problems
 from serving.web.problems import ProblemError
@@ -50,27 +53,42 @@ async def dequantize(
 ) -> Response:
     """Codes to quantized latents. NPZ: arrays `codes_0`, `codes_1`, ... of shape [M', N], one for each clip."""
     kind = negotiate(request.headers.get("accept"), (JSON, NPZ, ARROW))
-    with service.admission.request() as places:
-        deadline = service.admission.deadline(request.headers.get("x-request-timeout"))
-        model = _model(service, parameters)
-        sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if sent not in (JSON, NPZ):
-            raise ProblemError("unsupported-kind", f"Content-Type {sent[:40]!r}: expected {JSON} or {NPZ}")
-        limit = MAX_JSON if sent == JSON else service.settings.max_codes * 8 + (1 << 16)
-        places.take_file()
-        body = await service.uploads.body(request, places, deadline, limit)
-        clips = _from_json(body) if sent == JSON else _from_npz(body, service)
-        rows = [_rows(codes, model, index) for index, codes in enumerate(clips)]
-        dim = model.config.quantizer.dim
-        if sum(codes.size for codes in rows) > service.settings.max_codes:
-            raise ProblemError("too-large", f"more than max_codes = {service.settings.max_codes} codes")
-        if sum(len(codes) for codes in rows) * dim > MAX_NUMBERS:
-            raise ProblemError("too-large", f"the latents would have more than {MAX_NUMBERS} numbers")
-        with model.used():
-            work = each_clip([model.dequantize(codes, deadline) for codes in rows])
-            latents = await while_wanted(request, work, deadline)
-        about = [{"model": model.name, "codebooks": codes.shape[1], "dim": dim} for codes in rows]
-        return await answer([one | {"latents": found} for one, found in zip(about, latents, strict=True)], kind, {})
+    places = service.places(request)
+    places.look()
+    deadline = service.admission.deadline(request.headers.get("x-request-timeout"))
+    model = _model(service, parameters)
+    sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if sent not in (JSON, NPZ):
+        raise ProblemError("unsupported-kind", f"Content-Type {sent[:40]!r}: expected {JSON} or {NPZ}")
+    limit = MAX_JSON if sent == JSON else service.settings.max_codes * 8 + (1 << 16)
+    body = await service.uploads.body(request, places, deadline, limit)
+    places.take_files(1)
+    read = partial(_clips, body, sent, model, service.settings)
+    rows = read() if len(body) < SMALL else await asyncio.to_thread(read)
+    dim = model.config.quantizer.dim
+    numbers = sum(len(codes) for codes in rows) * dim
+    places.take_bytes(4 * numbers)  # a small body may unfold to a large answer
+    with model.used():
+        work = each_clip([model.dequantize(codes, deadline) for codes in rows])
+        latents = await while_wanted(request, work, deadline)
+    about = [{"model": model.name, "codebooks": codes.shape[1], "dim": dim} for codes in rows]
+    made = [one | {"latents": found} for one, found in zip(about, latents, strict=True)]
+    return await answer(lambda: made, numbers, kind, {}, places)
+
+
+def _clips(body: bytearray, sent: str, model: Deployment, settings: ServeSettings) -> list[Codes]:
+    """The codes of a request, ``[N, M']`` a clip, checked.
+
+    Raises:
+        ProblemError: 400, 413, 422.
+    """
+    clips = _from_json(body, model, settings) if sent == JSON else _from_npz(body, settings)
+    rows = [_rows(codes, model, index) for index, codes in enumerate(clips)]
+    if sum(codes.size for codes in rows) > settings.max_codes:
+        raise ProblemError("too-large", f"more than max_codes = {settings.max_codes} codes")
+    if sum(len(codes) for codes in rows) * model.config.quantizer.dim > MAX_NUMBERS:
+        raise ProblemError("too-large", f"the latents would have more than {MAX_NUMBERS} numbers")
+    return rows
 
 
 def _model(service: Service, parameters: Parameters) -> Deployment:
@@ -85,7 +103,7 @@ def _rows(codes: Any, model: Deployment, index: int) -> Codes:
     """Codes ``[M', N]`` from outside as ``[N, M']``, checked."""
     quantizer = model.config.quantizer
     try:
-        array = np.array(codes)
+        array = codes if isinstance(codes, np.ndarray) else _array(codes)
         if array.ndim != 2 or not 1 <= array.shape[0] <= quantizer.codebooks:
             raise TokenError(
                 f"codes of shape {list(array.shape)}: expected [M', N] with M' from 1 to {quantizer.codebooks}"
@@ -99,8 +117,19 @@ def _rows(codes: Any, model: Deployment, index: int) -> Codes:
     return np.ascontiguousarray(array.T, dtype=np.int64)
 
 
-def _from_npz(body: bytearray, service: Service) -> list[Any]:
-    settings = service.settings
+def _array(rows: list[list[int]]) -> Codes:
+    """Lists of integers as an array; piece by piece, between which other threads have their turn."""
+    width = len(rows[0]) if rows else 0
+    if any(len(row) != width for row in rows):
+        raise TokenError("codes of several lengths: expected M' lists of equally many integers")
+    array = np.empty((len(rows), width), np.int64)
+    for row, into in zip(rows, array, strict=True):
+        for start in range(0, width, PIECE):
+            into[start : start + PIECE] = row[start : start + PIECE]
+    return array
+
+
+def _from_npz(body: bytearray, settings: ServeSettings) -> list[Any]:
     arrays = read_npz(body, max_arrays=settings.max_clips, max_numbers=settings.max_codes)
     expected = ["codes"] if set(arrays) == {"codes"} else [f"codes_{i}" for i in range(len(arrays))]
     if not arrays or set(arrays) != set(expected):
@@ -111,22 +140,46 @@ def _from_npz(body: bytearray, service: Service) -> list[Any]:
     return [arrays[name] for name in expected]
 
 
-def _from_json(body: bytearray) -> list[Any]:
+class _Clip(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    codes: list[list[int]]
+
+
+class _Body(msgspec.Struct, forbid_unknown_fields=True):
+    clips: list[_Clip]
+
+
+_decode = msgspec.json.Decoder(_Body).decode
+
+
+def _from_json(body: bytearray, model: Deployment, settings: ServeSettings) -> list[Any]:
+    # Counted before anything is made of them: a million empty lists cost more than a million codes.
+    most_lists = 1 + settings.max_clips * (1 + model.config.quantizer.codebooks)
+    if body.count(b"{") > 1 + settings.max_clips:
+        if body.count(b"{") != body.count(b"}"):
+            raise ProblemError("malformed", "the body is not JSON: its braces do not match")
+        raise ProblemError("too-large", f"more than max_clips = {settings.max_clips} clips; send several requests")
     try:
-        found = json.loads(bytes(body), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ProblemError("malformed", f"the body is not JSON: {str(error)[:200]}") from None
-    clips = found.get("clips") if isinstance(found, dict) and set(found) == {"clips"} else None
-    if not isinstance(clips, list) or not clips:
+        if body.count(b"[") > most_lists:
+            raise msgspec.ValidationError(f"more lists than {most_lists}, for clips and their codebooks")
+        found = _decode(body)
+    except msgspec.ValidationError as error:
+        raise _wrong_json(body, error) from None
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise _no_json(error) from None
+    if not found.clips:
         raise ProblemError("wrong-parameter", 'the body: expected {"clips": [{"codes": [[...], ...]}, ...]}')
-    for index, clip in enumerate(clips):
-        rows = clip.get("codes") if isinstance(clip, dict) and set(clip) == {"codes"} else None
-        if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
-            raise ProblemError("wrong-parameter", f"clip {index}: expected codes, M' lists of N integers", clip=index)
-        if any(type(code) is not int for row in rows for code in row) or len({len(row) for row in rows}) > 1:
-            raise ProblemError("wrong-parameter", f"clip {index}: expected lists of equally many integers", clip=index)
-    return [clip["codes"] for clip in clips]
+    return [clip.codes for clip in found.clips]
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+def _wrong_json(body: bytearray, error: Exception) -> ProblemError:
+    """JSON of another shape, or what only began like JSON."""
+    try:
+        msgspec.json.decode(body)
+    except (msgspec.MsgspecError, RecursionError) as broken:
+        return _no_json(broken)
+    told = str(error)[:200]
+    return ProblemError("wrong-parameter", f'the body: {told}; expected {{"clips": [{{"codes": [[...], ...]}}, ...]}}')
+
+
+def _no_json(error: Exception) -> ProblemError:
+    return ProblemError("malformed", f"the body is not JSON: {str(error)[:200]}")

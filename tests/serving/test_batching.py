@@ -1,0 +1,126 @@
+"""The batcher by itself: what shares a batch, when it runs, what is dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+
+import numpy as np
+import pytest
+
+from serving.engine.batching import Batcher, Entry
+from serving.metrics import Metrics
+
+
+class Bench:
+    """A batcher with its surroundings in hand."""
+
+    def __init__(self, max_batch: int = 4, max_wait: float = 30.0) -> None:
+        self.decoding = 0
+        self.released: list[int] = []
+        self.batcher = Batcher(
+            "m",
+            max_batch=max_batch,
+            max_wait=max_wait,
+            upstream=lambda: self.decoding,
+            release=self.released.append,
+            metrics=Metrics(),
+        )
+
+    def put(self, operation: str = "codes", *, slot: int | None = 0, seconds: float = 60.0, **more: object) -> Entry:
+        entry = Entry(operation, time.monotonic() + seconds, slot=slot, **more)  # type: ignore[arg-type]
+        self.batcher.submit(entry)
+        return entry
+
+
+def in_loop(test: Callable[[], Coroutine[None, None, None]]) -> Callable[[], None]:
+    def run() -> None:
+        asyncio.run(asyncio.wait_for(test(), 20))
+
+    run.__name__ = test.__name__
+    return run
+
+
+@in_loop
+async def test_operations_never_share_a_batch_and_keep_their_order() -> None:
+    bench = Bench()
+    entries = [bench.put(operation) for operation in ("codes", "embed", "codes", "embed", "codes")]
+    assert await bench.batcher.next_batch() == [entries[0], entries[2], entries[4]]
+    assert await bench.batcher.next_batch() == [entries[1], entries[3]]
+
+
+@in_loop
+async def test_a_batch_is_no_larger_than_it_may_be() -> None:
+    bench = Bench(max_batch=4)
+    entries = [bench.put() for _ in range(6)]
+    assert await bench.batcher.next_batch() == entries[:4]
+    assert await bench.batcher.next_batch() == entries[4:]
+
+
+@in_loop
+async def test_codes_to_dequantize_run_alone() -> None:
+    bench = Bench()
+    entries = [bench.put("dequantize", slot=None, codes=np.zeros((1, 1), np.int64)) for _ in range(2)]
+    assert [await bench.batcher.next_batch() for _ in range(2)] == [[one] for one in entries]
+
+
+@in_loop
+async def test_a_window_waits_for_those_being_decoded_and_no_longer_than_it_must() -> None:
+    bench = Bench(max_batch=4)
+    bench.decoding = 1
+    first = bench.put()
+    waiting = asyncio.create_task(bench.batcher.next_batch())
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    second = bench.put()
+    bench.decoding = 0
+    bench.batcher.look()
+    assert await waiting == [first, second]
+    impatient = Bench(max_wait=0.05)
+    impatient.decoding = 1
+    began = time.monotonic()
+    only = impatient.put()
+    assert await impatient.batcher.next_batch() == [only]
+    assert time.monotonic() - began >= 0.04
+    full = Bench(max_batch=2)
+    full.decoding = 5
+    both = [full.put(), full.put()]
+    assert await full.batcher.next_batch() == both
+
+
+@in_loop
+async def test_idle_processes_share_what_waits() -> None:
+    bench = Bench(max_batch=8)
+    waiting = [asyncio.create_task(bench.batcher.next_batch()) for _ in range(2)]
+    await asyncio.sleep(0)
+    for _ in range(6):
+        bench.put()
+    first, second = await asyncio.gather(*waiting)
+    assert sorted((len(first), len(second))) == [3, 3]
+
+
+@in_loop
+async def test_what_nobody_waits_for_is_dropped_and_its_slot_is_free() -> None:
+    bench = Bench()
+    gone, late, wanted = bench.put(slot=1), bench.put(slot=2, seconds=-1.0), bench.put(slot=3)
+    gone.future.cancel()
+    assert await bench.batcher.next_batch() == [wanted]
+    assert bench.released == [1, 2]
+    with pytest.raises(TimeoutError):
+        await late.future
+    bench.batcher.finish(wanted, np.ones(1))
+    assert bench.released == [1, 2, 3]
+    assert (await wanted.future).tolist() == [1.0]
+
+
+@in_loop
+async def test_an_end_answers_all_that_wait() -> None:
+    bench = Bench()
+    entries = [bench.put(slot=i) for i in range(3)]
+    bench.batcher.fail_all(lambda: ConnectionError("gone"))
+    assert bench.released == [0, 1, 2]
+    for entry in entries:
+        with pytest.raises(ConnectionError):
+            await entry.future
+    assert not bench.batcher.more

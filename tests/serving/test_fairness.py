@@ -1,0 +1,179 @@
+"""Attacks that once starved others: each runs here while an honest client asks, and is answered."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from running_service import Server, serving
+
+NPZ = "application/x-npz"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, audio_folder: Path, image_folder: Path) -> Iterator[Server]:
+    """A service with few places, so that an attack needs little."""
+    with serving(
+        tmp_path_factory.mktemp("fair"), audio_folder, image_folder,
+        max_queue=16, max_queue_bytes=64_000_000, max_connections=48, max_clips=16, decode_cpu_seconds=1,
+        body_idle_timeout=4, header_timeout=30, min_send_rate=20_000_000, min_receive_rate=10_000,
+    ) as running:  # fmt: skip
+        yield running
+
+
+def ask(server: Server, content: bytes, address: str = "127.0.0.1", **headers: str) -> tuple[int, float]:
+    """An honest request's status and seconds, from an address of its own."""
+    began = time.monotonic()
+    transport = httpx.HTTPTransport(local_address=address)
+    with httpx.Client(transport=transport, timeout=60) as client:
+        status = client.post(server.url + "/tokenize", content=content, headers=headers).status_code
+    return status, time.monotonic() - began
+
+
+def connect(server: Server) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def eventually(what: str, check: object, patience: float = 30.0) -> None:
+    end = time.monotonic() + patience
+    while not check():  # type: ignore[operator]
+        assert time.monotonic() < end, f"not within {patience} s: {what}"
+        time.sleep(0.1)
+
+
+def test_a_hundred_thousand_tiny_clips_hold_nobody_up(small: Server, sounds: list[bytes]) -> None:
+    body = b'{"clips":[' + b",".join([b'{"codes":[[1]]}'] * 100_000) + b"]}"
+    lists = b'{"clips":[{"codes":[' + b",".join([b"[]"] * 500_000) + b"]}]}"
+    headers = {"Content-Type": "application/json"}
+    with ThreadPoolExecutor(2) as pool:
+        url = small.url + "/dequantize?modality=audio"
+        attacks = [pool.submit(httpx.post, url, content=one, headers=headers, timeout=120) for one in (body, lists)]
+        honest = [ask(small, sounds[0]) for _ in range(5)]
+        assert [status for status, _ in honest] == [200] * 5
+        assert [attack.result().status_code for attack in attacks] == [413, 422]
+    assert max(seconds for _, seconds in honest) < 10
+
+
+def test_who_does_not_read_an_answer_is_cut_off_and_its_bytes_are_counted(small: Server, sounds: list[bytes]) -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as out, out.open("codes.npy", "w") as member:
+        np.lib.format.write_array(member, np.zeros((1, 150_000), np.int64))
+    body = file.getvalue()
+    assert len(body) < 10_000
+    head = f"POST /dequantize?modality=audio HTTP/1.1\r\nHost: localhost\r\nContent-Type: {NPZ}\r\nAccept: {NPZ}\r\n"
+    request = head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    dim = httpx.get(small.url + "/info").json()["models"][0]["dim"]
+    before = small.resident_bytes()
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(connect(small)) for _ in range(24)]
+        for sock in socks:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.sendall(request)
+        eventually("answers are counted", lambda: small.metric("bridle_serve_upload_bytes") > 4 * 150_000 * dim)
+        assert small.metric("bridle_serve_upload_bytes") <= 64_000_000
+        assert ask(small, sounds[0])[0] == 200
+        eventually("slow readers are cut off", lambda: small.metric("bridle_serve_upload_bytes") == 0)
+    assert small.resident_bytes() - before < 250_000_000
+
+
+def test_who_dribbles_a_body_takes_no_place(small: Server, sounds: list[bytes]) -> None:
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(connect(small)) for _ in range(30)]
+        for sock in slow:
+            sock.sendall(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\nRIFF")
+        began = time.monotonic()
+        while time.monotonic() - began < 4:
+            for sock in slow:
+                sock.sendall(b"x")
+            assert ask(small, sounds[0])[0] == 200
+        time.sleep(2.5)
+        for sock in slow:  # 10,000 bytes a second, after five seconds
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(b"x")
+        for sock in slow:
+            assert sock.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def many_scans(count: int) -> bytes:
+    """A large progressive JPEG of one colour, one scan of whose is there `count` times more: few bytes, much work."""
+    file = io.BytesIO()
+    Image.new("L", (7000, 7000), 128).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    starts = [i for i in range(len(data) - 1) if data[i : i + 2] == b"\xff\xda"]
+    tables = [i for i in range(len(data) - 1) if data[i : i + 2] == b"\xff\xc4"]
+    end = min(at for at in (*tables, *starts[2:]) if at > starts[1])  # the next scan's tables are not this one's
+    return data[:end] + data[starts[1] : end] * count + data[end:]
+
+
+def test_a_picture_made_to_be_slow_ends_with_its_deadline_or_its_cpu_time(small: Server, pictures: list[bytes]) -> None:
+    slow = many_scans(1200)
+    with ThreadPoolExecutor(6) as pool:
+        attacks = [pool.submit(ask, small, slow, **{"X-Request-Timeout": "0.8"}) for _ in range(6)]
+        time.sleep(0.5)
+        status, seconds = ask(small, pictures[0], "127.0.0.2")
+        assert (status, seconds < 5) == (200, True)
+        assert {attack.result()[0] for attack in attacks} <= {504, 413, 408}  # 408: not even sent in time
+    answer = httpx.post(small.url + "/tokenize", content=slow, timeout=60)
+    assert answer.status_code == 413, answer.text
+
+
+def test_a_log_that_nobody_reads_stops_nothing(audio_folder: Path) -> None:
+    command = [sys.executable, "-m", "bridle.cli", "serve", str(audio_folder), "--port=0", "--device=cpu"]
+    process = subprocess.Popen([*command, "--decode-workers=1", "--lame-duck-seconds=0"], stderr=subprocess.PIPE)
+    try:
+        assert process.stderr is not None
+        lines = (json.loads(line) for line in process.stderr)
+        port = next(line["port"] for line in lines if line["event"] == "ready")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+            assert Counter(client.get("/v1/models").status_code for _ in range(1000)) == {200: 1000}
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_probes_find_a_place_among_idle_and_busy_connections(small: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(connect(small)) for _ in range(60)]
+        for _ in range(3):
+            assert httpx.get(small.url + "/readyz", timeout=10).status_code == 200
+        assert httpx.get(small.url + "/info", timeout=10).status_code == 200
+        idle[0].settimeout(5)
+        assert idle[0].recv(10) == b""  # the longest idle one made room
+    with contextlib.ExitStack() as stack:
+        busy = [stack.enter_context(connect(small)) for _ in range(60)]
+        for sock in busy:
+            sock.sendall(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\nRIFF")
+        time.sleep(0.5)
+        assert httpx.get(small.url + "/livez", timeout=10).status_code == 200
+        refused = httpx.get(small.url + "/info", timeout=10)
+        assert (refused.status_code, refused.json()["type"]) == (429, "urn:bridle:problem:busy")
+
+
+def test_one_address_does_not_take_all_places_while_others_wait(small: Server, sounds: list[bytes]) -> None:
+    long = max(sounds, key=len)
+    with ThreadPoolExecutor(32) as pool:
+        greedy = [pool.submit(ask, small, long, "127.0.0.3") for _ in range(32)]
+        found: Counter[int] = Counter()
+        for _ in range(20):
+            found[ask(small, sounds[0], "127.0.0.2")[0]] += 1
+            greedy += [pool.submit(ask, small, long, "127.0.0.3") for _ in range(4)]
+        assert found[200] >= 18, found  # the first may come while the greedy one still holds everything
+        statuses = Counter(one.result()[0] for one in greedy)
+    assert set(statuses) <= {200, 429} and statuses[200]
