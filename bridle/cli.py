@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
+from bridle import __version__
 from bridle.home import settle
-from bridle.settings import RecipeError
+from bridle.settings import RecipeError, nearest
 
 COMMANDS = (
     "doctor",
@@ -45,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--traceback" in arguments:
         arguments.remove("--traceback")
         os.environ["BRIDLE_TRACEBACK"] = "1"
+    if arguments[:1] == ["--version"]:
+        print(f"bridle {__version__}")
+        return 0
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # no command here needs it
     return report_mistakes("bridle", lambda: _dispatch(arguments))
 
 
@@ -104,6 +110,8 @@ def _dispatch(arguments: list[str]) -> int:
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     wanted = next((word for word in arguments if not word.startswith("-")), None)
+    if wanted is not None and wanted not in COMMANDS:
+        raise RecipeError(f"command '{wanted}' is unknown{nearest(wanted, COMMANDS)}")
     for name in COMMANDS:
         if wanted in COMMANDS and name != wanted:
             commands.add_parser(name)
@@ -111,11 +119,6 @@ def _dispatch(arguments: list[str]) -> int:
         module = _file_of(name)
         module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.HELP))
     args = parser.parse_args(arguments)
-    if args.version:
-        from bridle import __version__
-
-        print(f"bridle {__version__}")
-        return 0
     if args.command is None:
         parser.print_help()
         return 2

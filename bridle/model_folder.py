@@ -136,7 +136,7 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"{folder}: no config.json there; give a model folder, such as runs/NAME/models/final")
+        raise ModelError(_no_model(folder))
     raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
@@ -145,6 +145,20 @@ def read_config(folder: Path) -> ModelConfig:
         return parse_settings(ModelConfig, raw, str(path))
     except RecipeError as error:
         raise ModelError(str(error)) from None
+
+
+def _no_model(folder: Path) -> str:
+    """What was meant by a folder that is no model."""
+    if (folder / "recipe.yaml").is_file():
+        models = [folder / "models" / name for name in ("final", *(f"iteration-{i}" for i in range(9, 0, -1)))]
+        found = next((model for model in models if (model / "config.json").is_file()), None)
+        advice = (
+            f"did you mean '{found}'?" if found else "it has no model yet: let it reach the end of an encoder phase"
+        )
+        return f"{folder}: a run folder, not a model folder; {advice}"
+    if folder.is_file():
+        return f"{folder}: a file; give a model folder first, such as runs/NAME/models/final, then the files"
+    return f"{folder}: no config.json there; give a model folder, such as runs/NAME/models/final"
 
 
 def is_whole(folder: Path) -> bool:

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridle.training.foreign_warnings import NAME as WARNINGS
+from bridle.training.foreign_warnings import ForeignWarnings
 from bridle.training.stopping import STOPPED, StoppedError, StopRequest
 
 if TYPE_CHECKING:
@@ -63,13 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    foreign = ForeignWarnings.divert()
     stop = StopRequest().listen()
     from bridle.cli import report_mistakes
 
-    return report_mistakes("pretrain", lambda: pretrain(parse(arguments), stop))
+    return report_mistakes("pretrain", lambda: pretrain(parse(arguments), stop, foreign))
 
 
-def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
+def pretrain(args: argparse.Namespace, stop: StopRequest, foreign: ForeignWarnings) -> int:
     """Takes the run folder's lock, meets the other ranks and runs."""
     from bridle.config import load_recipe
     from bridle.modalities import REGISTRY
@@ -82,7 +85,8 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
     from bridle.training.run import PretrainingRun
 
     recipe = load_recipe(args.recipe, overrides(args))
-    if not recipe.data.heldout:
+    first = os.environ.get("RANK", "0") == "0"
+    if first and not recipe.data.heldout:
         log.warning("%s", no_heldout(recipe.data.mixture))
     ds_config = read_ds_config(args.deepspeed_config)
     where = args.run or f"runs/{Path(args.recipe).stem}"
@@ -90,7 +94,7 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
     folder = store.folder if store else Path(where)
     lock = RunLock(store.lock_file() if store else LocalLockFile(folder), where, lost=end_at_once)
     try:
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             stop.before_leaving.append(lock.release)
             lock.acquire()
         if recipe.data.workers:
@@ -99,6 +103,7 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
         run = PretrainingRun(
             recipe, ds_config, args.deepspeed_config, folder, ranks, stop, lock, store, args.allow_new_data
         )
+        foreign.file = folder / WARNINGS if first else None
         with stop.deferred():
             run.run()
     except RuntimeError as error:
@@ -115,6 +120,7 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
         log.info("stopped by %s; the same command goes on from there (%s)", reason, where)
         return STOPPED
     finally:
+        foreign.flush()
         leave()
         lock.release()
     log.info("done: %s/models/final", where)

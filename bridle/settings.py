@@ -45,14 +45,14 @@ def parse_settings(cls: type[SettingsT], mapping: Mapping[str, Any], where: str)
 def _explain(cls: type[Settings], detail: Any, where: str) -> str:
     loc = detail["loc"]
     path = [part for i, part in enumerate(loc) if not _is_kind(cls, loc, i)]
-    key = ".".join(str(part) for part in path) or "(whole)"
+    key = ".".join(str(part) for part in path)
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
         return f"{where}: unknown key '{key}'{nearest(str(loc[-1]), _known_keys(cls, loc[:-1]))}"
     if detail["type"] == "missing":
         return f"{where}: '{key}' is missing; add it"
     if detail["type"] == "value_error" or not path:
-        return f"{where}: {key}: {message}"
+        return f"{where}: {key}: {message}" if key else f"{where}: {message}"
     return f"{where}: '{key}' = {detail['input']!r}: {message}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 HELP = "write the model folder of a run's finished iteration"
@@ -16,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--iteration", type=int, metavar="N", help="which iteration, from 1 (default: the newest finished)"
+    )
+    parser.add_argument(
+        "--name", type=_name, metavar="NAME", help="what the service calls the model (default: RUN-iteration-N)"
     )
 
 
@@ -33,9 +37,18 @@ def run(args: argparse.Namespace) -> int:
     with on_disk(args.run, is_result) as run:
         phases = [index for index, phase in enumerate(read_run_recipe(run).phases) if phase.kind == "encoder"]
         chosen = _choose(args.run, args.iteration, phases, finished_encoder_phases(run))
-        export_model(run, chosen, args.target)
-    print(f"iteration {phases.index(chosen) + 1} of {args.run} written to {args.target}")
+        export_model(run, chosen, args.target, args.name)
+    named = f" as '{args.name}'" if args.name else ""
+    print(f"iteration {phases.index(chosen) + 1} of {args.run} written to {args.target}{named}")
     return 0
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no name for a model: give up to 100 letters, digits, '.', '_' and '-', the first no sign"
+        )
+    return text
 
 
 def _choose(run: str, iteration: int | None, phases: list[int], finished: list[int]) -> int:

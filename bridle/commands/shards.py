@@ -23,6 +23,8 @@ HELP = "build shards from a data set, index them, check them, or tell what is in
 NAMED = 5
 REPORT_SECONDS = 2.0
 JOBS = 4
+DECODE_SECONDS, DECODE_BYTES = 120.0, 4 << 30
+"""What one window of a sample may take in a check."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,12 +128,13 @@ def _check(args: argparse.Namespace) -> int:
     extensions: tuple[str, ...] = ()
     if args.modality:
         from bridle.modalities import build_modality  # brings torch, which the other actions can do without
+        from bridle.modalities.isolation import isolated_windows
 
         modality = build_modality(args.modality, {})
         extensions = modality.extensions
 
-        def decode(data: bytes) -> object:
-            return [None for _ in modality.windows(data)]
+        def decode(data: bytes) -> object:  # a file that crashes its decoder is a fault like any other
+            return [None for _ in isolated_windows(modality, data, seconds=DECODE_SECONDS, memory_bytes=DECODE_BYTES)]
 
     urls = expand(args.shards)
     samples = faults = 0

@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
             stream = model.tokenize(path)
         except (ClipError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+            if path.is_dir():
+                reason = f"a folder; give its files ('{path}'/*), or make a data set of them all with --out DIR"
             tqdm.write(f"bridle tokenize: {path}: {reason.removeprefix(f'{path}: ')}", file=sys.stderr)
             failed += 1
             continue

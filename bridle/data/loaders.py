@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -36,26 +38,41 @@ def load(dataset: Dataset[Any], workers: int, sampler: Sampler[Any] | None = Non
         # Its own generator: else every stream would move torch's global one.
         generator=torch.Generator(),
     )
-    with _clear_death(workers):
+    with _clear_death(workers, []):
         items = iter(loader)
     return _watched(items, workers)
 
 
 def _watched(items: Iterator[Any], workers: int) -> Iterator[Any]:
-    with _clear_death(workers):
+    with _clear_death(workers, getattr(items, "_workers", [])):
         yield from items
 
 
 @contextlib.contextmanager
-def _clear_death(workers: int) -> Iterator[None]:
+def _clear_death(workers: int, processes: Sequence[BaseProcess]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
         if not _means_dead_loader(error, workers):
             raise
-        said = " ".join(str(error).split())[:200]
-        fix = "Try fewer workers, or a larger /dev/shm (docker: --shm-size)"
-        raise ShardError(f"a loader process died ({said}); out of memory or of shared memory? {fix}") from None
+        codes = [process.exitcode for process in processes if process.exitcode]
+        raise ShardError(f"a loader process died {_cause(error, min(codes, default=0))}") from None
+
+
+def _cause(error: Exception, code: int) -> str:
+    """How a loader ended, as far as can be told, and what to do about that. code: as multiprocessing has it."""
+    ended = signal.Signals(-code) if code < 0 else None
+    if ended == signal.SIGKILL:
+        return (
+            "(SIGKILL), as the kernel ends one where memory runs out; try fewer workers (data.workers) or more memory"
+        )
+    if ended == signal.SIGBUS:
+        return "(SIGBUS): no room in shared memory; try fewer workers, or a larger /dev/shm (docker: --shm-size)"
+    if ended in (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE):
+        find = "`bridle shards check SHARDS --modality NAME` decodes each file in a process of its own, and names it"
+        return f"({ended.name}): most likely a decoder that crashed on a damaged file; {find}"
+    said = " ".join(str(error).split())[:200]
+    return f"({ended.name if ended else said}); the lines above may say why. If memory ran out, try fewer workers"
 
 
 def _means_dead_loader(error: Exception, workers: int) -> bool:

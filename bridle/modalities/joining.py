@@ -45,6 +45,6 @@ def joined(places: Sequence[Place]) -> Extent:
     durations = [place.duration_s for place in places if place.duration_s is not None]
     return Extent(
         grid={first: sum(place.valid for place in places), **{axis: places[0].grid[axis] for axis in others}},
-        duration_s=sum(durations) if durations else None,
+        duration_s=round(sum(durations), 6) if durations else None,
         starts_s=[place.start_s for place in places if place.start_s is not None],
     )

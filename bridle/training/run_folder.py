@@ -25,8 +25,10 @@ DATA_NAMES = ("data.shards", "data.sources", "data.heldout")
 """Settings that `BegunWith` judges by what they lead to, so that shards may be moved."""
 
 
-def export_model(run: Path, phase_index: int, target: Path) -> None:
+def export_model(run: Path, phase_index: int, target: Path, name: str | None = None) -> None:
     """Writes the model that phase `phase_index` of a run ended with, and the tokenizer that taught it.
+
+    `name`: of the model; by default that of the run with the iteration.
 
     Raises:
         CheckpointError: the phase is not finished, or its files are damaged.
@@ -42,7 +44,7 @@ def export_model(run: Path, phase_index: int, target: Path) -> None:
     position = read_position(encoder)
     save_model(
         target,
-        name=f"{run.resolve().name}-iteration-{iteration}",
+        name=name or f"{run.resolve().name}-iteration-{iteration}",
         modality=recipe.modality,
         clip=modality.settings.model_dump(mode="json"),
         encoder_settings=recipe.model.encoder,

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +212,30 @@ def test_a_killed_worker_is_an_error_not_a_hang(shards: ShardSet) -> None:
     with pytest.raises(ShardError, match=r"a loader process died .*fewer workers"):
         for _ in stream.micro_batches(rank=0, world=1, workers=2, **options):
             pass
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (
+            signal.SIGSEGV,
+            r"died \(SIGSEGV\): most likely a decoder that crashed on a damaged file; `bridle shards check",
+        ),
+        (signal.SIGKILL, r"died \(SIGKILL\), as the kernel ends one where memory runs out; try fewer workers"),
+        (signal.SIGBUS, r"died \(SIGBUS\): no room in shared memory; .*--shm-size"),
+    ],
+)
+def test_a_loader_that_dies_says_what_happened(shards: ShardSet, number: signal.Signals, says: str) -> None:
+    stream = Stream(shards, partial(dying, number=number), seed=0, block=4, window=4)
+    with pytest.raises(ShardError, match=says):
+        for _ in stream.micro_batches(start=0, stop=150, batch_size=8, micro_batch_size=8, rank=0, world=1, workers=2):
+            pass
+
+
+def dying(data: bytes, rng: np.random.Generator, *, number: signal.Signals) -> dict[str, torch.Tensor]:
+    """A decoder that ends its process."""
+    os.kill(os.getpid(), number)
+    raise AssertionError("still alive")
 
 
 def stumbling(data: bytes, rng: np.random.Generator) -> dict[str, torch.Tensor]:

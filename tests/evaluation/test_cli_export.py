@@ -75,3 +75,14 @@ def test_export_of_what_is_not_there_says_what_is(
     assert main(["export", str(run), target]) == 1
     assert "no iteration is finished" in capsys.readouterr().err
     assert not Path(target).exists()
+
+
+def test_an_exported_model_may_be_given_a_name(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(tiny_run), str(tmp_path / "model"), "--name", "birds-v2"]) == 0
+    assert bridle.load(tmp_path / "model").info["name"] == "birds-v2"
+    assert f"iteration 2 of {tiny_run} written to {tmp_path / 'model'} as 'birds-v2'" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(tiny_run), str(tmp_path / "other"), "--name", "../birds"])
+    assert ended.value.code == 2 and "'../birds' is no name for a model" in capsys.readouterr().err

@@ -110,3 +110,26 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path, sound: Path, capsys:
     error = capsys.readouterr().err
     assert str(tmp_path) in error
     assert "config.json" in error
+
+
+def test_a_run_folder_in_place_of_a_model_names_the_model_in_it(
+    tiny_run: Path, sound: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tokenize", str(tiny_run), str(sound)]) == 1
+    expected = f"bridle: error: {tiny_run}: a run folder, not a model folder; did you mean '{tiny_run}/models/final'?"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
+
+
+def test_a_folder_of_files_is_answered_with_both_ways_to_give_them(
+    model_folder: Path, sound: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tokenize", str(model_folder), str(sound.parent)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{sound.parent}: a folder; give its files ('{sound.parent}'/*), or make a data set of them all with" in line
+
+
+def test_durations_are_rounded(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sound = tmp_path / "a.wav"
+    soundfile.write(sound, np.zeros(16_000 * 3 + 1_234), 16_000)
+    assert main(["tokenize", str(model_folder), str(sound)]) == 0
+    assert '"duration_s": 3.077125,' in capsys.readouterr().out
