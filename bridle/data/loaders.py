@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator, Sequence
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ def _watched(items: Iterator[Any], workers: int) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _clear_death(workers: int, processes: Sequence[BaseProcess]) -> Iterator[None]:
+def _clear_death(workers: int, processes: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
