@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -35,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc-per-node", metavar="N", help="ranks on each node (PET_NPROC_PER_NODE; one a GPU)")
     parser.add_argument("--master-addr", metavar="HOST", help="where node 0 is found (PET_MASTER_ADDR)")
     parser.add_argument("--master-port", metavar="PORT", help="a free port there (PET_MASTER_PORT; 29500)")
+    parser.add_argument(
+        "--wait-for-master", type=float, default=0.0, metavar="SECONDS", help="for node 0's name to be known (0)"
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of bridle/pretrain.py")
 
 
@@ -46,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         RecipeError: counts, an address or a port that cannot be.
+        OSError: node 0's name is not known in time.
     """
     places = placement(args, os.environ)
     arguments = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
@@ -53,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     # Blocked before the first rank starts, so that a signal between two starts reaches both.
     signal.pthread_sigmask(signal.SIG_BLOCK, {*PASSED_ON, signal.SIGCHLD})
     try:
+        if not wait_for_name(next(iter(places.values()))["MASTER_ADDR"], args.wait_for_master):
+            return STOPPED
         ranks = {
             os.posix_spawn(command[0], command, {**os.environ, **place}, setsigmask=[], setsigdef=PASSED_ON): rank
             for rank, place in places.items()
@@ -87,6 +94,32 @@ def placement(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS") or str(max(1, available_cores() // local)),
     }
     return {node * local + i: {**common, "RANK": str(node * local + i), "LOCAL_RANK": str(i)} for i in range(local)}
+
+
+def wait_for_name(address: str, seconds: float) -> bool:
+    """Until the name is known, as a pod's is once it has been scheduled; false if a signal came first.
+
+    Raises:
+        OSError
+    """
+    end = time.monotonic() + seconds
+    told = False
+    while seconds > 0:
+        try:
+            socket.getaddrinfo(address, None)
+            return True
+        except socket.gaierror as error:
+            if time.monotonic() > end:
+                raise OSError(
+                    f"{address}: not known after {seconds:g} s ({error.strerror}); check {_names('master_addr')}, and"
+                    " that node 0 was started"
+                ) from None
+        if not told:
+            print(f"bridle launch: waiting for node 0, {address}, to have a name", flush=True)
+            told = True
+        if signal.sigtimedwait(PASSED_ON, 1.0) is not None:
+            return False
+    return True
 
 
 def supervise(ranks: dict[int, int]) -> int:

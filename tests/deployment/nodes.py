@@ -22,6 +22,7 @@ from manifests import Manifest, Pods, environment_of, expanded
 NODES = ("bridle-node-0", "bridle-node-1")
 ADDRESSES = ("10.73.0.2", "10.73.0.3")
 HOST = "10.73.0.1"
+NAMES = f"{ADDRESSES[0]} bridle-train-0.bridle-train s3\n{ADDRESSES[1]} bridle-train-1\n"
 SWITCH = "bridle-switch"
 INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
@@ -46,6 +47,14 @@ def two_nodes() -> Iterator[None]:
         gone()
 
 
+def names_of(number: int, names: str) -> None:
+    """What the names of a node's pods resolve to; also of pods that run."""
+    hosts = Path(f"/etc/netns/{NODES[number]}/hosts")
+    hosts.parent.mkdir(parents=True, exist_ok=True)
+    with hosts.open("w") as file:  # the same file: pods have it mounted
+        file.write(f"127.0.0.1 localhost\n{names}")
+
+
 def make() -> None:
     gone()
     ip("link", "add", SWITCH, "type", "bridge")
@@ -58,11 +67,7 @@ def make() -> None:
         ip("-n", node, "addr", "add", f"{address}/24", "dev", "eth0")
         ip("-n", node, "link", "set", "eth0", "up")
         ip("-n", node, "link", "set", "lo", "up")
-        names = Path(f"/etc/netns/{node}")
-        names.mkdir(parents=True, exist_ok=True)
-        (names / "hosts").write_text(
-            f"127.0.0.1 localhost\n{ADDRESSES[0]} bridle-train-0.bridle-train s3\n{ADDRESSES[1]} bridle-train-1\n"
-        )
+        names_of(number, NAMES)
 
 
 def gone() -> None:

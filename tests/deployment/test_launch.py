@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,26 @@ def test_a_placement_that_cannot_be_is_refused(
     assert main(["launch", "--nproc-per-node", "1", *options, "--", "--deepspeed_config", CONFIG]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"bridle: error: {said}") and err.count("\n") == 1
+
+
+def test_a_name_that_nobody_has_is_waited_for_and_told(capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--nnodes=2", "--node-rank=1", "--nproc-per-node=1", "--master-addr=nowhere.invalid"]
+    assert main(["launch", *place, "--wait-for-master=1.5", "--", "--deepspeed_config", CONFIG]) == 1
+    said = capsys.readouterr()
+    assert said.out == "bridle launch: waiting for node 0, nowhere.invalid, to have a name\n"
+    assert re.fullmatch(
+        r"bridle: error: nowhere\.invalid: not known after 1\.5 s \(.+\); check --master-addr or PET_MASTER_ADDR, and"
+        r" that node 0 was started\n", said.err,
+    )  # fmt: skip
+
+
+def test_a_signal_ends_the_wait_for_a_name() -> None:
+    process = launch(
+        "--nnodes=2", "--node-rank=1", "--nproc-per-node=1", "--master-addr=nowhere.invalid", "--wait-for-master=600"
+    )
+    assert process.stdout is not None and "waiting" in process.stdout.readline()
+    process.terminate()
+    assert process.wait(10) == 75
 
 
 def test_a_batch_that_does_not_divide_over_the_ranks_is_exit_code_2(tmp_path: Path) -> None:

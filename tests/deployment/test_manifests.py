@@ -192,7 +192,8 @@ def test_a_run_starts_with_what_its_manifest_says(folder: str, monkeypatch: pyte
             continue
         environment = environment_of(container, manifests)
         assert environment["PET_NNODES"] == str(pods.job["completions"])
-        args = parse(expanded(container["args"], environment)[1:])
+        words = expanded(container["args"], environment)
+        args = parse(words[words.index("--") + 1 :])
         recipe = load_recipe(args.recipe, overrides(args))
         world = pods.job["completions"] * int(environment["PET_NPROC_PER_NODE"] or 0)
         split_batch(recipe.train, world)

@@ -17,7 +17,7 @@ import yaml
 from filelock import FileLock
 from launching import ROOT, TINY, pretrain, rows
 from manifests import K8S, KUBECTL, find, needs_kubectl, pods_of
-from nodes import ADDRESSES, Cluster, Pod, in_node, two_nodes
+from nodes import ADDRESSES, NAMES, Cluster, Pod, in_node, names_of, two_nodes
 
 pytestmark = [needs_kubectl, pytest.mark.slow, pytest.mark.timeout(900)]
 SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
@@ -90,7 +90,11 @@ def cluster(bucket: Any, tmp_path: Path) -> Iterator[Cluster]:
 def test_two_nodes_without_a_shared_disk_train_as_one_and_go_on_after_a_pod_is_deleted(
     cluster: Cluster, bucket: Any, tmp_path: Path
 ) -> None:
-    first, second = cluster.start(0), cluster.start(1)
+    names_of(1, "")
+    second = cluster.start(1)
+    wait_for(lambda: "waiting for node 0, bridle-train-0.bridle-train" in second.log.read_text(), cluster)
+    names_of(1, NAMES)  # as when pod 0 is scheduled later
+    first = cluster.start(0)
     wait_for(lambda: "[1 encoder] step 4/10" in first.log.read_text(), cluster)
     assert second.delete() == 75, cluster.logs()
     assert first.process.wait(60) == 75, cluster.logs()
