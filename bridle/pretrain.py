@@ -1,7 +1,7 @@
 """Pretrains: walks the recipe's interleaved schedule and leaves a servable model.
 
 deepspeed bridle/pretrain.py --deepspeed_config ds_configs/zero2.json [--recipe NAME|FILE.yaml] [--data SHARDS ...]
-                             [--run DIR|URL] [dotted.key=value ...]
+                             [--run DIR|URL] [--from RUN[:PHASE[:STEP]]] [dotted.key=value ...]
 """
 
 from __future__ import annotations
@@ -50,6 +50,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--heldout", nargs="+", metavar="SHARDS", help="the same, for evaluation between phases")
     parser.add_argument(
         "--run", metavar="DIR|URL", help="run folder, or s3://BUCKET/PREFIX; resumes from it (default: runs/RECIPE)"
+    )
+    parser.add_argument(
+        "--from",
+        dest="origin",
+        metavar="RUN[:PHASE[:STEP]]",
+        help="begin a new run with what another had learned by the end of a phase, or by a checkpoint",
     )
     parser.add_argument(
         "--allow-new-data", action="store_true", help="go on with a run although its shards have changed (docs/data.md)"
@@ -101,7 +107,7 @@ def pretrain(args: argparse.Namespace, stop: StopRequest, foreign: ForeignWarnin
             start_template("bridle.data.stream", "bridle.training.clips", REGISTRY[recipe.modality].partition(":")[0])
         ranks = join()
         run = PretrainingRun(
-            recipe, ds_config, args.deepspeed_config, folder, ranks, stop, lock, store, args.allow_new_data
+            recipe, ds_config, args.deepspeed_config, folder, ranks, stop, lock, store, args.allow_new_data, args.origin
         )
         foreign.file = folder / WARNINGS if first else None
         with stop.deferred():

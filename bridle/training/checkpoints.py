@@ -35,7 +35,8 @@ FORMAT = 2
 class Position:
     """How far a phase has come; written into each checkpoint.
 
-    step: optimizer steps done; samples: clips consumed, the stream's position; corrupt: clips replaced so far.
+    step: optimizer steps done; samples: clips consumed, the stream's position; corrupt: clips replaced so far; origin:
+    of a result that was taken from another run, that run.
     evaluation_due: whether the held-out row of this step is still to come. window: where a stop fell between two rows
     of metrics, the sums of each rank and the counts of codes since the last one.
     """
@@ -46,6 +47,7 @@ class Position:
     seconds: float = 0.0
     evaluation_due: bool = False
     window: dict[str, Any] | None = None
+    origin: str = ""
     format: int = field(default=FORMAT)
 
 

@@ -74,6 +74,8 @@ class PhaseRun:
     keeper: Keeper
     run_log: RunLog | None
     stop: StopRequest
+    where: str
+    """The run folder, for messages."""
 
     def run(self, position: Position) -> Position:
         """Trains from `position` to the end of the phase.
@@ -157,7 +159,8 @@ class PhaseRun:
         position.corrupt += corrupt
         position.seconds += rates["step_seconds"] * window.steps
         if not all(math.isfinite(value) for value in means):
-            raise NonFiniteLossError(self._non_finite_message(position))
+            clips = sums.first_not_finite(self.ranks)
+            raise NonFiniteLossError(self.ranks.on_first(lambda: self._non_finite_message(position, clips)))
         if self.run_log is not None:
             row = self._row(position, "train", means, usage) | {
                 "lr": lr, "gradient_norm": _gradient_norm(self.engine), **rates, "corrupt": position.corrupt
@@ -242,12 +245,17 @@ class PhaseRun:
                 f" {self.data.max_corrupt}; see the warnings above, run `bridle shards check`, or raise that share"
             )
 
-    def _non_finite_message(self, position: Position) -> str:
-        last = self.checkpoints.steps()
-        where = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint in this phase yet"
+    def _non_finite_message(self, position: Position, clips: list[int]) -> str:
+        keys = [self.stream.shards.where(self.stream.order.locate(clip)[1]) for clip in clips]
+        named = ", ".join(f"{key} of {shard}" for shard, key in keys)
+        self.keeper.wait()
+        steps = self.checkpoints.steps()
+        good = f"{self.index}:{int(steps[-1].name.removeprefix('step-'))}" if steps else f"{self.index - 1}"
         return (
-            f"the loss is not finite at step {position.step} of phase {self.index} ({self.job.kind}); {where};"
-            " lower the phase's lr or lengthen its warm-up, and start again"
+            f"the loss is not finite at step {position.step} of phase {self.index} ({self.job.kind}), first in the"
+            f" batch that begins with {named or 'a clip that is not known any more'}. Look at these clips, or begin"
+            f" another run from before it broke with a lower rate or a longer warm-up: --run OTHER"
+            f" --from {self.where}:{good} phases.{self.index}.lr=..."
         )
 
 

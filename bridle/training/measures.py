@@ -18,6 +18,8 @@ from bridle.training.ranks import Ranks
 from bridle.training.stopping import StopRequest
 
 log = logging.getLogger("bridle")
+NAMED = 8
+"""Clips of a batch that a message names, at most."""
 
 
 class Sums:
@@ -27,11 +29,13 @@ class Sums:
         self.values = torch.zeros(count, device=device)
         self.batches = 0
         self.corrupt = 0
+        self._seen: list[tuple[Tensor, list[int]]] = []
 
     def add(self, metrics: Tensor, batch: MicroBatch) -> None:
         """Takes over one micro-batch's metrics."""
         self.values += metrics
         self.batches += 1
+        self._seen.append((metrics, batch.positions))
         for sample in batch.corrupt:
             log.warning("corrupt sample replaced: %s, key %s: %s", sample.shard, sample.key, sample.error)
         self.corrupt += len(batch.corrupt)
@@ -45,6 +49,22 @@ class Sums:
         """Begins a new window."""
         self.values.zero_()
         self.batches = self.corrupt = 0
+        self._seen.clear()
+
+    def first_not_finite(self, ranks: Ranks) -> list[int]:
+        """Positions of the first micro-batch, over all ranks, whose metrics are no numbers; at most `NAMED` of them.
+
+        All ranks must call it.
+        """
+        found: list[int] = []
+        for number, (metrics, positions) in enumerate(self._seen):
+            if not metrics.isfinite().all():
+                found = [number, *positions[:NAMED]]
+                break
+        row = torch.tensor(found or [len(self._seen)])
+        row = torch.nn.functional.pad(row, (0, 1 + NAMED - len(row)), value=-1).to(ranks.device)
+        first = min(ranks.gather(row[None]).tolist(), key=lambda share: share[0])
+        return [position for position in first[1:] if position >= 0]
 
     def state(self, ranks: Ranks) -> list[list[float]]:
         """Each rank's sums, for a checkpoint inside a window. All ranks must call it."""

@@ -36,6 +36,7 @@ from bridle.training.checkpoints import (
     Position,
     cpu_buffers,
     part_states,
+    read_position,
 )
 from bridle.training.clips import MakeClip
 from bridle.training.engine import build_engine, resolve_ds_config, uses_bf16
@@ -45,6 +46,7 @@ from bridle.training.keeper import Keeper
 from bridle.training.lock import RunLock
 from bridle.training.loop import Length, PhaseRun
 from bridle.training.metrics import RunLog
+from bridle.training.origin import begin_from
 from bridle.training.phases import EncoderModule, EncoderPhaseJob, PhaseJob, TokenizerModule, TokenizerPhaseJob
 from bridle.training.ranks import Ranks
 from bridle.training.remote_run import RemoteRun
@@ -80,8 +82,9 @@ class PretrainingRun:
         lock: RunLock,
         store: RemoteRun | None = None,
         allow_new_data: bool = False,
+        origin: str | None = None,
     ) -> None:
-        """folder: the run's, or the working folder of one that is in a `store`.
+        """folder: the run's, or the working folder of one that is in a `store`; origin: of `--from`.
 
         Raises RecipeError or ShardError on settings that cannot work, before anything is written.
         """
@@ -92,6 +95,7 @@ class PretrainingRun:
         self.lock = lock
         self.folder = folder
         self.store = store
+        self.where = store.store.url if store else str(folder)
         self.ranks = ranks
         self.modality = build_modality(recipe.modality, recipe.clip)
         self.ds_config = resolve_ds_config(ds_config, where, recipe.train, ranks.world)
@@ -101,6 +105,8 @@ class PretrainingRun:
         self.heldout = self._open([DataSource(shards=recipe.data.heldout)]) if recipe.data.heldout else None
         check_joint(recipe, self.ds_config)
         ranks.on_first(lambda: check_same_recipe(folder, recipe, any_data=allow_new_data or (folder / DATA).is_file()))
+        if origin is not None:
+            ranks.on_first(lambda: begin_from(origin, folder, recipe))
         self.begun_with = BegunWith(folder, self.shards, self.heldout, ranks, allow_new=allow_new_data)
 
     def run(self) -> None:
@@ -222,7 +228,7 @@ class PretrainingRun:
         length = Length.of(phase, float(stream.order.samples_per_epoch), self.recipe.train.batch_size)
         position = PhaseRun(
             index, phase, job, engine, stream, self._heldout_stream(job.masked), length,
-            self.recipe.train, self.recipe.data, self.ranks, checkpoints, keeper, run_log, self.stop,
+            self.recipe.train, self.recipe.data, self.ranks, checkpoints, keeper, run_log, self.stop, self.where,
         ).run(position)  # fmt: skip
         found = part_states(engine, job.parts, self.ranks)
         checkpoints.finish({name.rpartition(".")[2]: part for name, part in found.items()}, position, keeper)
@@ -301,8 +307,9 @@ class PretrainingRun:
         targets = [f"iteration-{iteration_of(self.recipe, index)}"]
         if index == last_model(self.recipe):
             targets.append("final")
+        trained_here = not read_position(self._checkpoints(index).finished).origin
         for target in (self.folder / "models" / name for name in targets):
-            if anew or not is_whole(target):
+            if trained_here and (anew or not is_whole(target)):
                 export_model(self.folder, index, target)
                 log.info("model written to %s", target)
 
