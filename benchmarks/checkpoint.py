@@ -1,6 +1,6 @@
 """How long training waits for a checkpoint: written behind it, against written while it waits, in one run.
 
-    python benchmarks/checkpoint.py [--recipe audio] [--rounds 5] [--batch 2] [--stage 1] [--folder DIR]
+    python benchmarks/checkpoint.py [--recipe audio] [--rounds 5] [--batch 2] [--stage 1] [--folder DIR] [key=value ...]
 
 Both ways copy the same state (weights, buffers, Adam's moments) and write, hash, flush and name the same files; the
 second waits for that before its next step, as training did before. In turns, in the same process. Said beside it: how
@@ -74,13 +74,14 @@ def seconds(job: Callable[[], Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="audio")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. model.size=small")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--stage", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where checkpoints are written (default: a temporary folder)")
     args = parser.parse_args()
     ranks = join()
-    engine, step = training(load_recipe(args.recipe), args.batch, args.stage, ranks)
+    engine, step = training(load_recipe(args.recipe, args.overrides), args.batch, args.stage, ranks)
     keeper = Keeper(ranks)
     behind, waited, written, alone, beside = [], [], [], [], []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from bridle.files import clear_disk_errors, read_json, whole_folder
 from bridle.training.keeper import Keeper
 from bridle.training.manifest import CheckpointError, check_folder, write_manifest
-from bridle.training.optimizer_state import gather_state, restore_state, state_shapes
+from bridle.training.optimizer_state import HostMemory, gather_state, restore_state, state_shapes
 from bridle.training.ranks import Ranks
 from bridle.training.shared_tensors import SharedTensors
 
@@ -58,6 +58,7 @@ class PhaseCheckpoints:
         self.folder = run / "checkpoints" / f"phase-{index}-{kind}"
         self.name = f"[{index} {kind}]"
         self.keep = keep
+        self.memory = HostMemory()
 
     @property
     def finished(self) -> Path:
@@ -82,7 +83,7 @@ class PhaseCheckpoints:
         Older checkpoints beyond `keep` go only after it stands, and stay if it cannot be written.
         """
         keeper.wait()  # one at a time, also in memory
-        weights, moments = gather_state(engine, keep=keeper.ranks.first)
+        weights, moments = gather_state(engine, keeper.ranks.first, self.memory)
         buffers = cpu_buffers(engine.module) if keeper.ranks.first else {}
         target, state = self.step(position.step), asdict(position)
 
@@ -141,7 +142,7 @@ class PhaseCheckpoints:
 
 def part_states(engine: Any, parts: Mapping[str, nn.Module], ranks: Ranks) -> dict[str, dict[str, Tensor]]:
     """Whole float32 state dicts of components that stand inside an engine. All ranks must call it."""
-    weights, _ = gather_state(engine, keep=ranks.first)
+    weights, _ = gather_state(engine, ranks.first, with_moments=False)
     everything = weights | cpu_buffers(engine.module)
     return {
         name: {key.removeprefix(f"{name}."): value for key, value in everything.items() if key.startswith(f"{name}.")}

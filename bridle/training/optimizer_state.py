@@ -24,21 +24,45 @@ from torch import Tensor, nn
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def gather_state(engine: Any, keep: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+class HostMemory:
+    """Copies of tensors in the host's memory, kept from one checkpoint to the next: memory that was never touched costs
+    more than the copy, and a GPU writes into pinned memory several times as fast."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def copy(self, name: str, value: Tensor) -> Tensor:
+        """`value` as float32, overwriting what was copied under this name before; `wait` before it is read."""
+        if name not in self._kept:
+            self._kept[name] = torch.empty(value.shape, dtype=torch.float32, pin_memory=value.is_cuda)
+        return self._kept[name].copy_(value.detach(), non_blocking=True)
+
+    def wait(self) -> None:
+        """Returns when all copies are there."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def gather_state(
+    engine: Any, keep: bool, memory: HostMemory | None = None, with_moments: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights and moments, on the CPU: ``({name: weight}, {"name|exp_avg": moment})``. All ranks must call it.
 
-    keep: whether this rank wants the result; the others take part in gathering and get empty dicts.
+    keep: whether this rank wants the result; the others take part in gathering and get empty dicts. memory: where the
+    copies go; new memory by default.
     """
+    memory = memory or HostMemory()
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     for name, parameter in _trained(engine.module):
         weight = _full(engine, parameter, None)
         if keep:
-            weights[name] = weight.detach().float().cpu().clone()
-        for key in MOMENTS:
+            weights[name] = memory.copy(name, weight)
+        for key in MOMENTS if with_moments else ():
             moment = _full(engine, parameter, key)
             if keep:
-                moments[f"{name}|{key}"] = moment.detach().float().cpu().clone()
+                moments[f"{name}|{key}"] = memory.copy(f"{name}|{key}", moment)
+    memory.wait()
     return weights, moments
 
 
