@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -16,6 +18,8 @@ from torch import Tensor
 from bridle.settings import RecipeError
 
 T = TypeVar("T")
+REASSURE = 20.0
+"""Seconds; shorter than any time that a group waits for a rank."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """With nccl a lost peer is only noticed by this; long enough for rank 0 to write a checkpoint meanwhile."""
 
@@ -82,11 +86,12 @@ class Ranks:
         if self.world == 1:
             return job()
         result, failure = None, None
-        if self.first:
-            try:
-                result = job()
-            except Exception as error:
-                failure = error
+        with self._reassured():
+            if self.first:
+                try:
+                    result = job()
+                except Exception as error:
+                    failure = error
         said = None if failure is None else [isinstance(failure, RecipeError), str(failure)]
         said, result = self.share_json([said, result])
         if failure is not None:
@@ -94,6 +99,30 @@ class Ranks:
         if said is not None:
             raise RecipeError(said[1]) if said[0] else OSError("rank 0 could not go on; its message says why")
         return cast("T", result)
+
+    @contextlib.contextmanager
+    def _reassured(self) -> Iterator[None]:
+        """Others wait until rank 0 leaves the context, however long: it says every `REASSURE` seconds that it lives."""
+        done = threading.Event()
+
+        def say(ended: bool) -> bool:
+            word = torch.tensor([float(ended)])
+            dist.broadcast(word, src=0, group=self.control)
+            return bool(word.item())
+
+        def reassure() -> None:
+            while not done.wait(REASSURE):
+                say(False)
+
+        speaker = threading.Thread(target=reassure, name="bridle-reassure", daemon=True)
+        if self.first:
+            speaker.start()
+        yield
+        if self.first:
+            done.set()
+            speaker.join()
+        while not say(True):
+            pass
 
     def barrier(self) -> None:
         """Waits for all ranks."""
