@@ -30,8 +30,8 @@ class Keeper:
         self._push: Future[OSError | None] | None = None
 
     def start(self, name: str, job: Job) -> None:
-        """Runs `job` behind training, once what was started before is done; nothing on other ranks than the first."""
-        self.wait()
+        """Runs `job` behind training, once what was started before is written; on rank 0 only."""
+        self.ready()
         if self.ranks.first:
             self._write = self._pool.submit(self._written, name, job)
             self.push()
@@ -46,11 +46,13 @@ class Keeper:
         """Whether nothing is being written."""
         return all(job is None or job.done() for job in (self._write, self._push))
 
-    def wait(self) -> None:
-        """Returns when nothing is being written; raises what was neither disk nor network, a mistake of ours."""
-        for job in (self._write, self._push):
-            if job is not None:
-                job.result()
+    def ready(self) -> None:
+        """Returns when what was started last is on the disk, or could not be written: its memory may be used again.
+
+        Raises what was neither disk nor network, a mistake of ours.
+        """
+        if self._write is not None:
+            self._write.result()
 
     def settle(self) -> None:
         """Waits until what was started last is on rank 0's disk. All ranks must call it.
@@ -68,7 +70,7 @@ class Keeper:
         """
 
         def delivered() -> None:
-            self.wait()
+            self.ready()
             self.push()
             _raise(self._push)
 

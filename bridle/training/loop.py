@@ -248,7 +248,7 @@ class PhaseRun:
     def _non_finite_message(self, position: Position, clips: list[int]) -> str:
         keys = [self.stream.shards.where(self.stream.order.locate(clip)[1]) for clip in clips]
         named = ", ".join(f"{key} of {shard}" for shard, key in keys)
-        self.keeper.wait()
+        self.keeper.ready()
         steps = self.checkpoints.steps()
         good = f"{self.index}:{int(steps[-1].name.removeprefix('step-'))}" if steps else f"{self.index - 1}"
         return (
