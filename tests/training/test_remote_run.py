@@ -95,12 +95,8 @@ def test_a_run_goes_from_node_to_node_and_ends_as_an_undisturbed_one(bucket, por
     run, at = "s3://runs/some/tiny", "some/tiny"
     first = Node(tmp_path / "first", port, run, ranks=2)
     first.wait_for(lambda: "checkpoints/phase-1-encoder/step-00000004/manifest.json" in keys(bucket, at))
-    second_start = Node(tmp_path / "too-early", port, run)
-    assert second_start.ended() == 2, second_start.output
-    assert f"{run} is in use" in second_start.output
     first.process.send_signal(signal.SIGTERM)
     assert first.ended() == 75, first.output
-    assert "lock.json" not in keys(bucket, at)
 
     second = Node(tmp_path / "second", port, run)
     second.wait_for(lambda: any(key.startswith("checkpoints/phase-2-tokenizer/step-") for key in keys(bucket, at)))
@@ -132,6 +128,19 @@ def test_a_run_goes_from_node_to_node_and_ends_as_an_undisturbed_one(bucket, por
     missing = fourth.bridle("export", "s3://runs/none", str(model))
     assert (missing.returncode, len(missing.stderr.splitlines())) == (2, 1)
     assert "s3://runs/none: no run there" in missing.stderr
+
+
+@pytest.mark.slow
+def test_a_second_start_says_who_trains_there(bucket, port, tmp_path):
+    run = "s3://runs/held"
+    first = Node(tmp_path / "first", port, run, "phases.1.steps=100000")
+    first.wait_for(lambda: "lock.json" in keys(bucket, "held"))
+    second = Node(tmp_path / "second", port, run, "phases.1.steps=100000")
+    assert second.ended() == 2, second.output
+    assert f"{run} is in use" in second.output
+    first.process.send_signal(signal.SIGTERM)
+    assert first.ended() == 75, first.output
+    assert "lock.json" not in keys(bucket, "held")
 
 
 @pytest.mark.slow
