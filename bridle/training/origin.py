@@ -40,8 +40,10 @@ def begin_from(origin: str, folder: Path, recipe: Recipe) -> None:
         phase, step = _chosen(origin, theirs, phase, step)
         _check_phases(origin, there, recipe, phase, step)
         ours = [PhaseCheckpoints(folder, index, found.kind) for index, found in enumerate(recipe.phases)]
-        results = range(phase if step is not None else phase + 1)
-        for index in results:
+        other_codebooks = there.model.quantizer != recipe.model.quantizer
+        for index in range(phase if step is not None else phase + 1):
+            if other_codebooks and recipe.phases[index].kind == "cold_start" and index < phase and step is None:
+                continue  # made again, of this run's codebooks
             _copy(theirs[index].finished, ours[index].finished, origin)
         if step is not None:
             _copy(theirs[phase].step(step), ours[phase].step(step), "")

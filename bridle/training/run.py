@@ -127,7 +127,7 @@ class PretrainingRun:
             keeper.deliver()  # a store that cannot be written is found now, not at the first checkpoint
             for index, phase in enumerate(self.recipe.phases):
                 self._stop_if_asked()
-                if isinstance(phase, ColdStartPhase) and index >= standing.phase:
+                if isinstance(phase, ColdStartPhase) and (index >= standing.phase or index in standing.again):
                     self._cold_start(index, keeper)
                 elif not isinstance(phase, ColdStartPhase) and index >= standing.phase:
                     step = standing.step if index == standing.phase else None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridle.training.checkpoints import PhaseCheckpoints, damage_of
+from bridle.training.checkpoints import PhaseCheckpoints, damage_of, read_position
 
 log = logging.getLogger("bridle")
 SET_ASIDE = "set-aside"
@@ -16,11 +16,14 @@ SET_ASIDE = "set-aside"
 @dataclass(frozen=True)
 class Standing:
     """phase: the first that has no whole result (the number of phases, if all have); step: of the checkpoint to go on
-    from inside it, none to begin it; damaged: checkpoints and results that were passed over."""
+    from inside it, none to begin it; damaged: checkpoints and results that were passed over; again: cold starts before
+    it without a result, because the run was begun (`--from`) with another quantizer than the results that it took.
+    """
 
     phase: int
     step: int | None = None
     damaged: int = 0
+    again: tuple[int, ...] = ()
 
 
 def find_standing(run: Path, kinds: Sequence[str]) -> Standing:
@@ -28,9 +31,13 @@ def find_standing(run: Path, kinds: Sequence[str]) -> Standing:
 
     Phases that were built on a damaged result are moved to ``checkpoints/set-aside``.
     """
+    again: list[int] = []
     for index, kind in enumerate(kinds):
         checkpoints = PhaseCheckpoints(run, index, kind)
         damaged: list[str] = []
+        if kind == "cold_start" and not checkpoints.is_finished() and _is_inherited(run, index + 1, kinds):
+            again.append(index)
+            continue
         if checkpoints.is_finished() and _is_whole(checkpoints.finished, damaged):
             continue
         whole = (path for path in reversed(checkpoints.steps()) if _is_whole(path, damaged))
@@ -40,8 +47,16 @@ def find_standing(run: Path, kinds: Sequence[str]) -> Standing:
             instead = f"goes on from {newest.name}" if newest else "begins again"
             log.warning("%s; phase %d (%s) %s", "; ".join(damaged), index, kind, instead)
         _set_aside(run, [f"phase-{later}-{kinds[later]}" for later in range(index + 1, len(kinds))])
-        return Standing(index, step, len(damaged))
-    return Standing(len(kinds))
+        return Standing(index, step, len(damaged), tuple(again))
+    return Standing(len(kinds), again=tuple(again))
+
+
+def _is_inherited(run: Path, index: int, kinds: Sequence[str]) -> bool:
+    """Whether a phase's result was taken from another run."""
+    if index >= len(kinds):
+        return False
+    finished = PhaseCheckpoints(run, index, kinds[index]).finished
+    return damage_of(finished) is None and bool(read_position(finished).origin)
 
 
 def _is_whole(folder: Path, damaged: list[str]) -> bool:
