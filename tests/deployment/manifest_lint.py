@@ -39,7 +39,13 @@ def quantity(text: object) -> Decimal:
 
 def lint(manifests: list[Manifest]) -> list[str]:
     """One line for each fault."""
-    return [f"{where}: {fault}" for rule in RULES for where, fault in rule(manifests)]
+    found = []
+    for rule in RULES:
+        try:
+            found += [f"{where}: {fault}" for where, fault in rule(manifests)]
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 Faults = Iterator[tuple[str, str]]

@@ -133,6 +133,7 @@ FAULTS: list[tuple[str, Change, str]] = [
     (JOB, lambda m: pod(m)["volumes"][0]["emptyDir"].update(sizeLimit="600Gi"), "could take all"),
     (JOB, lambda m: main(m)["resources"]["limits"].update({"ephemeral-storage": "600Gi"}), "which evicts it"),
     (JOB, lambda m: main(m)["resources"]["requests"].update({"nvidia.com/gpu": "4"}), "nvidia.com/gpu: requests and"),
+    (JOB, lambda m: main(m)["resources"]["requests"].update(memory="6 GB"), "'6 GB' is no quantity"),
     (JOB, lambda m: main(m)["resources"]["requests"].update(memory="1Ti"), "requests more memory than its limit"),
     (JOB, lambda m: pod(m)["securityContext"].pop("runAsNonRoot"), "may run as root"),
     (JOB, lambda m: main(m)["securityContext"].update(readOnlyRootFilesystem=False), "expected securityContext"),
