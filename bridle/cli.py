@@ -25,6 +25,7 @@ COMMANDS = (
     "pack",
     "codebooks",
     "report",
+    "status",
     "fetch-model",
     "serve",
 )

@@ -175,6 +175,8 @@ class TrainSettings(Settings):
     """Optimizer steps between two held-out evaluations; 0: only at the end of a phase."""
     evaluate_clips: Positive = 256
     """Held-out clips looked at, at most."""
+    collective_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that ranks wait for each other, at the start and in a step; then the run ends, naming who is missing."""
     prometheus_port: Annotated[int, Field(ge=0, le=65535)] = 9464
     """Port of rank 0's metrics; a taken port is replaced by a free one, which is logged; 0: off."""
 

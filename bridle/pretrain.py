@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     foreign = ForeignWarnings.divert()
     stop = StopRequest().listen()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost peer costs pages of C++ frames
     from bridle.cli import report_mistakes
 
     return report_mistakes("pretrain", lambda: pretrain(parse(arguments), stop, foreign))
@@ -85,9 +86,10 @@ def pretrain(args: argparse.Namespace, stop: StopRequest, foreign: ForeignWarnin
     from bridle.processes.template import start_template
     from bridle.training.engine import read_ds_config
     from bridle.training.lock import LocalLockFile, RunLock
-    from bridle.training.ranks import join, leave
+    from bridle.training.ranks import is_lost_peer
     from bridle.training.remote_run import RemoteRun
     from bridle.training.remote_store import is_remote
+    from bridle.training.rendezvous import join, leave
     from bridle.training.run import PretrainingRun
 
     recipe = load_recipe(args.recipe, overrides(args))
@@ -100,12 +102,10 @@ def pretrain(args: argparse.Namespace, stop: StopRequest, foreign: ForeignWarnin
     folder = store.folder if store else Path(where)
     lock = RunLock(store.lock_file() if store else LocalLockFile(folder), where, lost=end_at_once)
     try:
-        if first:
-            stop.before_leaving.append(lock.release)
-            lock.acquire()
+        stop.before_leaving.append(lock.release)
         if recipe.data.workers:
             start_template("bridle.data.stream", "bridle.training.clips", REGISTRY[recipe.modality].partition(":")[0])
-        ranks = join()
+        ranks = join(recipe.train.collective_timeout, admit=lock.acquire)
         run = PretrainingRun(
             recipe, ds_config, args.deepspeed_config, folder, ranks, stop, lock, store, args.allow_new_data, args.origin
         )
@@ -113,7 +113,7 @@ def pretrain(args: argparse.Namespace, stop: StopRequest, foreign: ForeignWarnin
         with stop.deferred():
             run.run()
     except RuntimeError as error:
-        if not any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
+        if not is_lost_peer(error):
             raise
         print(
             "pretrain: error: lost another rank, which stopped or was killed; what it printed says why."

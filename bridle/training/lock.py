@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,7 +43,7 @@ class RunHeldError(RecipeError):
 
 @dataclass(frozen=True)
 class Holder:
-    """What a lock says of its holder. Times are seconds since 1970 by the holder's clock."""
+    """What a lock says of its holder. Times are seconds since 1970 by the holder's clock; says: how its run is."""
 
     host: str
     machine: str
@@ -52,6 +52,7 @@ class Holder:
     since: float
     heartbeat: float
     token: str
+    says: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def this(cls) -> Holder:
@@ -209,6 +210,8 @@ class RunLock:
     ) -> None:
         self.file, self.what, self.lost = file, what, lost
         self.heartbeat, self.stale = heartbeat, stale
+        self.says: Callable[[], dict[str, Any]] = dict
+        """What a heartbeat says of the run: a few words, as the lock's file is small."""
         self.beaten: Callable[[bool], Any] = lambda written: None
         """Called after each heartbeat with whether it could be written."""
         self._released = threading.Event()
@@ -255,8 +258,8 @@ class RunLock:
             if self._holder is None or self._released.is_set():
                 return
             try:
-                alive = self.file.rewrite(replace(self._holder, heartbeat=time.time()).text())
-            except OSError as error:
+                alive = self.file.rewrite(replace(self._holder, heartbeat=time.time(), says=self.says()).text())
+            except (OSError, RecipeError) as error:
                 log.warning("%s: no heartbeat could be written (%s)", self.what, error)
                 self.beaten(False)
                 return

@@ -23,6 +23,7 @@ from bridle.training.metrics import RunLog, Window, progress_line
 from bridle.training.phases import PhaseJob
 from bridle.training.ranks import Ranks
 from bridle.training.stopping import StoppedError, StopRequest
+from bridle.training.watchdog import Watchdog
 
 log = logging.getLogger("bridle")
 
@@ -74,6 +75,7 @@ class PhaseRun:
     keeper: Keeper
     run_log: RunLog | None
     stop: StopRequest
+    watchdog: Watchdog
     where: str
     """The run folder, for messages."""
 
@@ -96,6 +98,7 @@ class PhaseRun:
             self._step(batches, window, sums)
             position.step += 1
             position.samples += self.train.batch_size
+            self.watchdog.at(f"{self._name} the end of step {position.step}")
             stop = vote.passed()
             if self.run_log is not None:
                 self.run_log.prometheus.stepped.set_to_current_time()
@@ -131,9 +134,11 @@ class PhaseRun:
         _, accumulation = split_batch(self.train, self.ranks.world)
         self.engine.train()
         for _ in range(accumulation):
+            self.watchdog.at(f"{self._name} waiting for clips")
             asked = time.perf_counter()
             batch = next(batches)
             window.waited += time.perf_counter() - asked
+            self.watchdog.at(f"{self._name} forward and backward")
             loss, metrics, codes, *_ = self.engine(*self.job.inputs(to_device(batch.tensors, self.ranks.device)))
             self.engine.backward(loss)
             self.engine.step()
@@ -195,7 +200,7 @@ class PhaseRun:
     def _row(self, position: Position, split: str, means: list[float], usage: dict[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {
             "phase": self.job.kind, "phase_index": self.index, "split": split,
-            "step": position.step, "samples": position.samples,
+            "step": position.step, "total_steps": self.length.total, "samples": position.samples,
         }  # fmt: skip
         for name, value in zip(self.job.metric_names, self.job.settle(means), strict=True):
             if value is None:
@@ -211,6 +216,7 @@ class PhaseRun:
         return row | usage
 
     def _checkpoint(self, position: Position) -> None:
+        self.watchdog.at(f"{self._name} writing a checkpoint")
         began = time.perf_counter()
         self.checkpoints.save(self.engine, position, self.keeper)
         if self.run_log is not None:
@@ -223,7 +229,9 @@ class PhaseRun:
     def _evaluate(self, position: Position, sums: Sums) -> None:
         """Between two windows: uses the job's counts of codes."""
         assert self.heldout is not None
-        found = evaluate(self.engine, self.job, self.heldout, self.train, self.data, self.ranks, self.stop)
+        found = evaluate(
+            self.engine, self.job, self.heldout, self.train, self.data, self.ranks, self.stop, self.watchdog
+        )
         if found is None:
             self._save_and_stop(position, sums)
         position.evaluation_due = False

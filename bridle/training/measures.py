@@ -16,6 +16,7 @@ from bridle.training.engine import split_batch
 from bridle.training.phases import PhaseJob
 from bridle.training.ranks import Ranks
 from bridle.training.stopping import StopRequest
+from bridle.training.watchdog import Watchdog
 
 log = logging.getLogger("bridle")
 NAMED = 8
@@ -110,6 +111,7 @@ def evaluate(
     data: DataSettings,
     ranks: Ranks,
     stop: StopRequest,
+    watchdog: Watchdog,
 ) -> tuple[list[float], dict[str, Any]] | None:
     """Means of the phase's metrics, codebook usage and health over held-out clips, the same number on every rank.
 
@@ -125,6 +127,7 @@ def evaluate(
         start=0, stop=share * ranks.world, batch_size=share * ranks.world, micro_batch_size=micro,
         rank=ranks.rank, world=ranks.world, workers=min(1, data.workers),
     ):  # fmt: skip
+        watchdog.at("evaluation")
         vote = ranks.vote(stop.asked)
         inputs = job.inputs(to_device(batch.tensors, ranks.device))
         outputs = engine(*inputs)

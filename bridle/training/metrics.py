@@ -83,6 +83,11 @@ class PrometheusMetrics:
         else:
             self.alarms.labels("heartbeat").inc()
 
+    def alarm_counts(self) -> dict[str, float]:
+        """How often each kind of alarm was raised."""
+        samples = [sample for metric in self.alarms.collect() for sample in metric.samples]
+        return {sample.labels["kind"]: sample.value for sample in samples if sample.name.endswith("_total")}
+
     def observe(self, row: Mapping[str, Any], steps: int, clips: int, corrupt: int) -> None:
         """Takes over one row of metrics."""
         phase = row["phase"]

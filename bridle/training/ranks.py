@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,8 +18,6 @@ from bridle.settings import RecipeError
 T = TypeVar("T")
 REASSURE = 20.0
 """Seconds; shorter than any time that a group waits for a rank."""
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""With nccl a lost peer is only noticed by this; long enough for rank 0 to write a checkpoint meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +29,8 @@ class Ranks:
     device: torch.device
     control: dist.ProcessGroup | None = None
     """A gloo group of all ranks beside the one that trains, for what the hosts tell each other."""
+    when_well: list[Callable[[], None]] = field(default_factory=list)
+    """Called while ranks wait for a long job of rank 0, which says that it is alive."""
 
     @property
     def first(self) -> bool:
@@ -113,6 +111,7 @@ class Ranks:
         def reassure() -> None:
             while not done.wait(REASSURE):
                 say(False)
+                self._is_well()
 
         speaker = threading.Thread(target=reassure, name="bridle-reassure", daemon=True)
         if self.first:
@@ -122,7 +121,11 @@ class Ranks:
             done.set()
             speaker.join()
         while not say(True):
-            pass
+            self._is_well()
+
+    def _is_well(self) -> None:
+        for hear in self.when_well:
+            hear()
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -150,50 +153,7 @@ class Vote:
         return bool(self.ballot.item())
 
 
-def join() -> Ranks:
-    """Joins the process group that the environment describes (none: a group of one)."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        # The shared-memory op is compiled on first use, for a minute, with a compiler that may not be there; gloo does.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    local = int(os.environ["LOCAL_RANK"])
-    accelerator.set_device(local)
-    try:
-        deepspeed.init_distributed(
-            accelerator.communication_backend_name(),
-            auto_mpi_discovery=False,
-            timeout=COLLECTIVE_TIMEOUT,
-            verbose=False,
-        )
-    except dist.DistNetworkError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise OSError(
-            f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}); if another job on this machine uses that"
-            " port, give one with deepspeed --master_port PORT"
-        ) from None
-    device = torch.device(accelerator.device_name(local) if accelerator.device_name() != "cpu" else "cpu")
-    control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-    assert isinstance(control, dist.ProcessGroup)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, control)
-
-
-def leave() -> None:
-    """Leaves the group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    words = ("gloo", "NCCL", "Connection closed by peer", "TCPStore")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

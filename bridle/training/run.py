@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import sys
@@ -45,10 +46,10 @@ from bridle.training.joint import JointPhaseJob
 from bridle.training.keeper import Keeper
 from bridle.training.lock import RunLock
 from bridle.training.loop import Length, PhaseRun
-from bridle.training.metrics import RunLog
+from bridle.training.metrics import PrometheusMetrics, RunLog
 from bridle.training.origin import begin_from
 from bridle.training.phases import EncoderModule, EncoderPhaseJob, PhaseJob, TokenizerModule, TokenizerPhaseJob
-from bridle.training.ranks import Ranks
+from bridle.training.ranks import Ranks, is_lost_peer
 from bridle.training.remote_run import RemoteRun
 from bridle.training.run_folder import check_same_recipe, export_model
 from bridle.training.schedule import (
@@ -63,7 +64,9 @@ from bridle.training.schedule import (
 )
 from bridle.training.shared_tensors import fill
 from bridle.training.standing import Standing, find_standing
+from bridle.training.status import ENDED, note_end
 from bridle.training.stopping import StoppedError, StopRequest
+from bridle.training.watchdog import Watchdog
 
 log = logging.getLogger("bridle")
 
@@ -93,6 +96,7 @@ class PretrainingRun:
         self.recipe = recipe = with_figures(recipe, folder, ranks)
         self.stop = stop
         self.lock = lock
+        self.watchdog = Watchdog(ranks, recipe.train.collective_timeout, folder / "stacks", ending=self._hung)
         self.folder = folder
         self.store = store
         self.where = store.store.url if store else str(folder)
@@ -122,11 +126,13 @@ class PretrainingRun:
             run_log = RunLog(self.folder, self.recipe.train.prometheus_port)
             run_log.prometheus.alarms.labels("damaged_checkpoint").inc(standing.damaged)
             self.lock.beaten = run_log.prometheus.beaten
+            self.lock.says = partial(self._says, run_log.prometheus)
         keeper = Keeper(self.ranks, run_log, self.store.push if self.store else None)
+        self.watchdog.start()
         try:
             keeper.deliver()  # a store that cannot be written is found now, not at the first checkpoint
             for index, phase in enumerate(self.recipe.phases):
-                self._stop_if_asked()
+                self._stop_if_asked(f"[{index} {phase.kind}] the beginning")
                 if isinstance(phase, ColdStartPhase) and (index >= standing.phase or index in standing.again):
                     self._cold_start(index, keeper)
                 elif not isinstance(phase, ColdStartPhase) and index >= standing.phase:
@@ -138,13 +144,33 @@ class PretrainingRun:
                 self.ranks.barrier()
             keeper.deliver()
         except StoppedError:
+            self._note_end(f"stopped by {self.stop.reason or 'a signal to another rank'}")
             keeper.deliver()
+            raise
+        except Exception as error:
+            self._note_end("lost another rank" if is_lost_peer(error) else " ".join(str(error).split()), failed=True)
             raise
         finally:
             keeper.close()
+            self.watchdog.close()
 
-    def _stop_if_asked(self) -> None:
+    def _says(self, metrics: PrometheusMetrics) -> dict[str, Any]:
+        """What the run's lock says of it."""
+        alarms = {kind: count for kind, count in metrics.alarm_counts().items() if count}
+        return {"at": self.watchdog.place[:100], "waited": round(self.watchdog.waited, 1), "alarms": alarms}
+
+    def _hung(self, said: str) -> None:
+        self._note_end(said, failed=True)
+        self.lock.release()
+
+    def _note_end(self, said: str, failed: bool = False) -> None:
+        if self.ranks.first:
+            with contextlib.suppress(OSError):  # a full disk, say: it is why the run ended
+                note_end(self.folder, said[:1000], failed)
+
+    def _stop_if_asked(self, place: str = "the first batches") -> None:
         """All ranks must call it; for places where nothing is lost by stopping."""
+        self.watchdog.at(place)
         if self.ranks.vote(self.stop.asked).passed():
             raise StoppedError
 
@@ -223,13 +249,15 @@ class PretrainingRun:
         if run_log is not None:
             run_log.forget_after(index, position.step)
             log.info("[%d %s] %s; from step %d", index, job.kind, sizes, position.step)
-        self._stop_if_asked()
+        self._stop_if_asked(f"[{index} {job.kind}] the first step")
         stream = self._stream(index, job.masked, self.begun_with.first_position(index, position.samples))
         length = Length.of(phase, float(stream.order.samples_per_epoch), self.recipe.train.batch_size)
         position = PhaseRun(
             index, phase, job, engine, stream, self._heldout_stream(job.masked), length,
-            self.recipe.train, self.recipe.data, self.ranks, checkpoints, keeper, run_log, self.stop, self.where,
+            self.recipe.train, self.recipe.data, self.ranks, checkpoints, keeper, run_log, self.stop, self.watchdog,
+            self.where,
         ).run(position)  # fmt: skip
+        self.watchdog.at(f"[{index} {job.kind}] writing the result")
         found = part_states(engine, job.parts, self.ranks)
         checkpoints.finish({name.rpartition(".")[2]: part for name, part in found.items()}, position, keeper)
         engine.destroy()
@@ -314,6 +342,7 @@ class PretrainingRun:
                 log.info("model written to %s", target)
 
     def _describe(self) -> None:
+        (self.folder / ENDED).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(self.folder / "recipe.yaml") as aside:
             aside.write_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

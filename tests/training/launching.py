@@ -22,7 +22,9 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1", **more}
 
 
-def command(run: Path, *arguments: str, ranks: int = 1, config: str = "zero2") -> list[str]:
+def command(
+    run: Path, *arguments: str, ranks: int = 1, config: str = "zero2", program: str = "bridle/pretrain.py"
+) -> list[str]:
     """The command that a user would type; one rank goes without the launcher, which saves seconds."""
     launcher = [sys.executable]
     if ranks > 1:
@@ -32,7 +34,7 @@ def command(run: Path, *arguments: str, ranks: int = 1, config: str = "zero2") -
     config_file = config if config.endswith(".json") else str(ROOT / "ds_configs" / f"{config}.json")
     return [
         *launcher,
-        str(ROOT / "bridle/pretrain.py"),
+        str(ROOT / program),
         "--deepspeed_config",
         config_file,
         "--run",
@@ -64,6 +66,22 @@ def start(run: Path, *arguments: str, ranks: int = 1, **more: str) -> subprocess
         return subprocess.Popen(
             command(run, *arguments, ranks=ranks), env=environment(**more), cwd=ROOT, stdout=output, stderr=output
         )
+
+
+def start_bare(
+    run: Path, *arguments: str, ranks: int = 2, program: str = "bridle/pretrain.py", **more: str
+) -> list[subprocess.Popen]:
+    """The ranks alone, as Kubernetes or Slurm start them: no launcher looks after them."""
+    given = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **more}
+    with Path(f"{run}.log").open("a") as output:
+        return [
+            subprocess.Popen(
+                command(run, *arguments, program=program),
+                env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **given),
+                cwd=ROOT, stdout=output, stderr=output,
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
 
 
 def output_of(run: Path) -> str:

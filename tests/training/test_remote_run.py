@@ -129,6 +129,8 @@ def test_a_run_goes_from_node_to_node_and_ends_as_an_undisturbed_one(bucket, por
     assert load(model).sha256 == load(next((tmp_path / "third").rglob("models/final"))).sha256
     assert fourth.bridle("report", run).stdout.strip() == f"{run}/report.html"
     assert b"<html" in content(bucket, f"{at}/report.html")
+    assert fourth.bridle("status", run).returncode == 3
+    assert fourth.bridle("status", "s3://runs/none").returncode == 2
     missing = fourth.bridle("export", "s3://runs/none", str(model))
     assert (missing.returncode, len(missing.stderr.splitlines())) == (2, 1)
     assert "s3://runs/none: no run there" in missing.stderr

@@ -17,7 +17,8 @@ from bridle.training.engine import build_engine, resolve_ds_config, set_learning
 from bridle.training.keeper import Keeper
 from bridle.training.optimizer_state import gather_state
 from bridle.training.phases import TokenizerPhaseJob
-from bridle.training.ranks import Ranks, join, leave
+from bridle.training.ranks import Ranks
+from bridle.training.rendezvous import join, leave
 from bridle.training.shared_tensors import fill
 
 TRAIN = TrainSettings(batch_size=4, gradient_clipping=1.0)
