@@ -29,7 +29,8 @@ from bridle.training.checkpoints import PhaseCheckpoints, Position
 from bridle.training.engine import build_engine, resolve_ds_config
 from bridle.training.keeper import Keeper
 from bridle.training.phases import EncoderPhaseJob
-from bridle.training.ranks import Ranks, join, leave
+from bridle.training.ranks import Ranks
+from bridle.training.rendezvous import join, leave
 
 
 def training(recipe: Recipe, batch: int, stage: int, ranks: Ranks) -> tuple[Any, Callable[[], None]]:
