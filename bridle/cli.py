@@ -23,6 +23,7 @@ COMMANDS = (
     "tokenize",
     "vocabulary",
     "pack",
+    "corpus",
     "codebooks",
     "report",
     "status",

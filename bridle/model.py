@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -40,6 +40,10 @@ class ModelConfig(Settings):
     """`cold_start` (a random projection) or `learned`."""
     encoder: EncoderSettings
     quantizer: QuantizerSettings
+    model_type: Literal["bridle"] = "bridle"
+    """What `transformers` knows it by."""
+    licence: str | None = None
+    """Of the weights, as the hub writes it, e.g. `cc-by-4.0`."""
     trained: dict[str, Any] = Field(default_factory=dict)
     """Where it comes from: recipe, phase, clips seen. Informative."""
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from bridle import __version__
 from bridle.config import EncoderSettings, QuantizerSettings
 from bridle.files import read_json, sha256, whole_folder
+from bridle.hub import local_folder, publish
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Limits, Modality
 from bridle.model import BridleModel, CodeStream, ModelConfig, stacked
+from bridle.model_card import model_card
 from bridle.modeling.encoder import Encoder
 from bridle.modeling.patches import PatchShape
 from bridle.modeling.tokenizer import ColdStartTokenizer, LearnedTokenizer, Tokenizer
@@ -46,6 +49,50 @@ class ModelError(ValueError):
     """A folder that is no model, or not one that this version can load."""
 
 
+class PublishableModel(BridleModel):
+    """A model as `load` gives it: with the ways out to another folder and to the Hugging Face hub."""
+
+    def save_pretrained(self, folder: str | Path, *, licence: str | None = None) -> None:
+        """Writes the model folder, whole, with a fresh card; licence: of the weights, unless the model has one.
+
+        Raises:
+            ModelError: loaded in another dtype than float32, which would be less than what was loaded.
+            OSError: it cannot be written.
+        """
+        config = self.config
+        if self.encoder.embed.weight.dtype != torch.float32:
+            raise ModelError(f"{config.name}: loaded in {self.encoder.embed.weight.dtype}; load it in float32")
+        save_model(
+            Path(folder),
+            name=config.name,
+            modality=config.modality,
+            clip=config.clip,
+            encoder_settings=config.encoder,
+            quantizer_settings=config.quantizer,
+            encoder=self.encoder.state_dict(),
+            tokenizer=self.tokenizer.state_dict(),
+            learned=config.tokenizer == "learned",
+            trained=config.trained,
+            licence=licence or config.licence,
+        )
+
+    def push_to_hub(self, repo: str, *, licence: str | None = None, **options: Any) -> str:
+        """Publishes the model folder as ``owner/name`` of the Hugging Face hub; makes the repository if need be.
+
+        licence: see `save_pretrained`; options: `private`, `token`, `branch`, `message` of `bridle.hub.publish`.
+
+        Returns:
+            The commit, to be given as `revision`.
+
+        Raises:
+            ModelError: see `save_pretrained`.
+            HubError: not allowed, or the hub cannot be reached.
+        """
+        with tempfile.TemporaryDirectory(prefix="bridle-") as aside:
+            self.save_pretrained(Path(aside) / "model", licence=licence)
+            return publish(Path(aside) / "model", repo, **options)
+
+
 def patch_shape(modality: Modality) -> PatchShape:
     """How the modality's clips are cut."""
     return PatchShape(modality.channels, tuple(modality.patch))
@@ -63,6 +110,7 @@ def save_model(
     tokenizer: Mapping[str, Tensor],
     learned: bool,
     trained: Mapping[str, Any],
+    licence: str | None = None,
 ) -> None:
     """Writes a model folder, whole or not at all.
 
@@ -77,6 +125,7 @@ def save_model(
         tokenizer="learned" if learned else "cold_start",
         encoder=encoder_settings,
         quantizer=quantizer_settings,
+        licence=licence,
         trained=dict(trained),
     )
     weights = {f"encoder.{key}": value for key, value in encoder.items()}
@@ -86,21 +135,26 @@ def save_model(
             {key: value.detach().cpu().contiguous() for key, value in weights.items()}, aside / "model.safetensors"
         )
         (aside / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (aside / "README.md").write_text(_card(config), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(config.model_dump(mode="json")), encoding="utf-8")
 
 
 def load(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: str = "float32", limits: Limits | None = None
-) -> BridleModel:
-    """Loads a model folder.
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    limits: Limits | None = None,
+    revision: str | None = None,
+) -> PublishableModel:
+    """Loads a model folder, or one of the Hugging Face hub by ``owner/name``.
 
     device: where to put it; dtype: `float32` or `bfloat16` (the quantizer stays in float32); limits: bounds on what a
-    file may unfold to.
+    file may unfold to; revision: of a hub's repository, best a commit.
 
     Raises:
+        HubError: the hub does not have it, or cannot be reached.
         ModelError: no such folder, not a model, another format version, damaged or missing weights.
     """
-    folder = Path(folder)
+    folder = local_folder(folder, revision)
     config = read_config(folder)
     if dtype not in DTYPES:
         raise ModelError(f"dtype '{dtype}' is unknown; use one of {', '.join(DTYPES)}")
@@ -125,7 +179,7 @@ def load(
             weights_file,
         )
         module.to(device=device, dtype=DTYPES[dtype])
-    return BridleModel(config, modality, encoder, tokenizer, sha256(weights_file))
+    return PublishableModel(config, modality, encoder, tokenizer, sha256(weights_file))
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -176,23 +230,3 @@ def _load_strictly(module: nn.Module, weights: Mapping[str, Tensor], file: Path)
         module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ModelError(f"{file}: weights do not fit config.json beside it: {' '.join(str(error).split())}") from None
-
-
-def _card(config: ModelConfig) -> str:
-    quantizer = config.quantizer
-    trained = ", ".join(f"{key} {value}" for key, value in config.trained.items()) or "nothing recorded"
-    return f"""# {config.name}
-
-A BRIDLE model for {config.modality}: an encoder of width {config.encoder.width} and depth {config.encoder.depth}, and a
-residual-quantization tokenizer with {quantizer.codebooks} codebooks of {quantizer.codebook_size} codes of width
-{quantizer.dim} ({"a random projection, from the cold start" if config.tokenizer == "cold_start" else "learned"}).
-
-```python
-import bridle
-
-model = bridle.load("path/to/this/folder")
-stream = model.tokenize("file")   # stream.codes: [positions, codebooks]
-```
-
-Trained with bridle {config.bridle}: {trained}.
-"""

@@ -24,8 +24,10 @@ BELOW = {
     "modeling": {"config", "settings"},
     "modalities": {"config", "settings", "processes"},
     "data": {"config", "settings", "processes", "files", "home", "modalities.clip"},
+    "hub": set(),
+    "model_card": set(),
     "model": {"config", "settings", "modalities", "modeling"},
-    "model_folder": {"model", "config", "settings", "files", "modalities", "modeling"},
+    "model_folder": {"model", "config", "settings", "files", "modalities", "modeling", "hub", "model_card"},
     "tokens": {"model", "config", "settings", "processes", "files", "modalities", "modeling", "data", "model_folder"},
     "evaluation": {
         "model",
@@ -80,7 +82,7 @@ PROCESS_LIBRARIES: dict[str, set[str]] = {
     "mmap": set(),
 }
 """Libraries of `bridle/processes`, and the files elsewhere that have another use for them."""
-DOORS = {"cli", "pretrain", "commands"}
+DOORS = {"cli", "pretrain", "commands", "ray", "hf"}
 ONLY_IN = {
     "deepspeed": {"training", "diagnostics"},
     "fastapi": {"serving"},
@@ -93,6 +95,9 @@ ONLY_IN = {
     "av": {"modalities", "diagnostics"},
     "decord": {"modalities", "diagnostics"},
     "soundfile": {"modalities", "diagnostics"},
+    "ray": {"ray"},
+    "transformers": {"hf"},
+    "tokenizers": {"tokens"},
 }
 """Libraries that one room is there to hide."""
 

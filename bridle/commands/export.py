@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target", metavar="MODEL_DIR", type=Path, help="folder to write; an older model there is replaced"
     )
+    parser.add_argument("--licence", metavar="NAME", help="of the weights, for the model's card, e.g. cc-by-4.0")
     parser.add_argument(
         "--iteration", type=int, metavar="N", help="which iteration, from 1 (default: the newest finished)"
     )
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     with on_disk(args.run, is_result) as run:
         phases = [index for index, phase in enumerate(read_run_recipe(run).phases) if phase.kind == "encoder"]
         chosen = _choose(args.run, args.iteration, phases, finished_encoder_phases(run))
-        export_model(run, chosen, args.target, args.name)
+        export_model(run, chosen, args.target, args.name, args.licence)
     named = f" as '{args.name}'" if args.name else ""
     print(f"iteration {phases.index(chosen) + 1} of {args.run} written to {args.target}{named}")
     return 0

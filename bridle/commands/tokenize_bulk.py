@@ -106,6 +106,7 @@ def _settings(args: argparse.Namespace) -> Any:
 def _tokenize(args: argparse.Namespace, model: Any, rank: int, world: int, local: int) -> int:
     from bridle.tokens.bulk import finish, prepare
     from bridle.tokens.job import Job
+    from bridle.tokens.state import State
 
     if not args.inputs:
         raise RecipeError("INPUT: give shards, files or a folder to tokenize")
@@ -113,17 +114,20 @@ def _tokenize(args: argparse.Namespace, model: Any, rank: int, world: int, local
         raise RecipeError("--max-corrupt is a share from 0 to 1, --lease a number of seconds above 0")
     logging.basicConfig(format="bridle tokenize: %(message)s", level=logging.INFO)
     prepared = prepare(model, args.inputs, args.out, _settings(args))
-    if args.engine == "ray":
-        from bridle.ray import run_job
+    state = State(prepared, args.max_corrupt)
+    watch = _Watch(state, args.metrics_port + local if args.metrics_port else 0)
+    try:
+        if args.engine == "ray":
+            from bridle import ray
 
-        parts = run_job(prepared, args.model, args.dtype, args.device, args.max_corrupt)
-        return _say(args.out, finish(prepared, parts))
-    job = Job(
-        prepared, model, workers=_workers(args.workers), max_corrupt=args.max_corrupt,
-        rank=rank, world=world, lease_s=args.lease,
-    )  # fmt: skip
-    with _Watch(job, args.metrics_port + local if args.metrics_port else 0):
-        parts = job.run()
+            source = ray.ModelSource(args.model, args.dtype, args.device)
+            parts = ray.run_job(state, source, num_gpus=int(args.device.startswith("cuda")))
+        else:
+            job = Job(state, model, _workers(args.workers), rank, world, args.lease)
+            watch.timings, job.engine.ticked = job.engine.timings, watch.tick
+            parts = job.run()
+    finally:
+        watch.close()
     return _say(args.out, finish(prepared, parts))
 
 
@@ -132,10 +136,12 @@ class _Watch:
 
     NAMED = 20
 
-    def __init__(self, job: Any, port: int) -> None:
+    def __init__(self, state: Any, port: int) -> None:
         from tqdm import tqdm
 
-        units = job.prepared.inputs.units
+        from bridle.tokens.engine import Timings
+
+        units = state.prepared.inputs.units
         samples = sum(unit.samples for unit in units)
         self.bar = tqdm(total=samples, unit="sample", file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 10)
         self.metrics: Any = None
@@ -143,22 +149,25 @@ class _Watch:
             from bridle.tokens.metrics import Metrics
 
             self.metrics = Metrics(port, len(units), samples)
-        self.job, self.named = job, 0
-        job.told = self.told
+        self.state, self.timings, self.named, self.others = state, Timings(), 0, 0
+        state.told = self.told
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Ends both."""
         self.bar.close()
         if self.metrics:
             self.metrics.close()
 
+    def tick(self) -> None:
+        """Samples have gone through the model, though their output is not written yet."""
+        self.bar.update(self.others + self.timings.samples - self.bar.n)
+
     def told(self, progress: Any, part: Any) -> None:
-        """See `Job.told`."""
+        """See `Told`."""
         if part is None:  # not of this run: it must not count for the rate
-            self.bar.initial += progress.samples - self.bar.n
-        self.bar.update(progress.samples - self.bar.n)
+            before, self.others = self.others, progress.samples - self.timings.samples
+            self.bar.initial += max(0, self.others - before)
+        self.bar.update(max(0, progress.samples - self.bar.n))
         if part is not None:
             seconds = self.bar.format_dict["elapsed"]
             self.bar.set_postfix_str(f"{progress.codes / seconds:.0f} codes/s" if seconds else "", refresh=False)
@@ -166,7 +175,7 @@ class _Watch:
                 self.bar.write(f"bridle tokenize: skipped {skip['key']}: {skip['reason']}", file=sys.stderr)
             self.named += len(part.skipped)
         if self.metrics:
-            self.metrics.told(progress, part, self.job.engine.timings)
+            self.metrics.told(progress, part, self.timings)
 
 
 def _verify(args: argparse.Namespace, model: Any) -> int:

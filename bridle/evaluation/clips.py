@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from bridle.config import MaskSettings
 from bridle.data.errors import ShardError
 from bridle.data.shards import ShardSet
-from bridle.evaluation.palette import code_colours
 from bridle.modalities.clip import Clip, ClipError, Modality
 from bridle.model_folder import BridleModel, stacked
 from bridle.modeling.masking import draw_mask
@@ -38,11 +37,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class ShownClip:
-    """A clip's tiles: the picture, the masked one, then one per codebook; sound: an mp3, where it can be heard."""
+    """A clip's tiles: the picture, the masked one, then one per codebook."""
 
     name: str
     tiles: list[Tile]
-    sound: bytes | None = None
 
 
 def show_clips(
@@ -57,23 +55,19 @@ def show_clips(
     for start, end in pairwise(bounds):
         chosen = _fullest(shards, modality, range(start, end))
         if chosen is not None:
-            index, name, clip, sound = chosen
-            shown.append(ShownClip(name, _tiles(clip, modality, mask, model, index), sound))
+            index, name, clip = chosen
+            shown.append(ShownClip(name, _tiles(clip, modality, mask, model, index)))
     return shown
 
 
-Found = tuple[int, str, Clip, bytes | None]
-
-
-def _fullest(shards: ShardSet, modality: Modality, indexes: range) -> Found | None:
-    """Number, name, first window and sound of the sample with the least padding, among the first few that decode."""
-    found: list[Found] = []
+def _fullest(shards: ShardSet, modality: Modality, indexes: range) -> tuple[int, str, Clip] | None:
+    """Number, name and first window of the sample with the least padding, among the first few that decode."""
+    found: list[tuple[int, str, Clip]] = []
     for index in indexes:
         try:
             sample = shards.read(index)
             clip = next(iter(modality.windows(sample.data)))
-            name = ", ".join([sample.key, *sample.labels])
-            found.append((index, name, clip, modality.audible(sample.data, clip.duration_s or 0.0)))
+            found.append((index, ", ".join([sample.key, *sample.labels]), clip))
         except (ClipError, ShardError):
             continue
         if len(found) == CANDIDATES or clip.valid == next(iter(clip.grid.values())):
@@ -160,6 +154,16 @@ class _View:
         row[:, :, :width, :3] = np.swapaxes(pixels[moments], 0, 1)
         row[:, :, :width, 3] = 255
         return row.reshape(height, -1, 4)[:, : row.shape[1] * row.shape[2] - (row.shape[2] - width)]
+
+
+def code_colours(codes: NDArray[np.int64]) -> Pixels:
+    """uint8 ``[..., 3]``: hues a golden angle apart, so that neighbouring codes look different; the same every time."""
+    from matplotlib.colors import hsv_to_rgb
+
+    hue = (codes * 0.618034) % 1.0
+    saturation = 0.45 + 0.4 * ((codes * 0.381966) % 1.0)
+    value = 0.6 + 0.38 * ((codes * 0.7548777) % 1.0)
+    return np.round(hsv_to_rgb(np.stack([hue, saturation, value], axis=-1)) * 255).astype(np.uint8)
 
 
 def heldout_clips(

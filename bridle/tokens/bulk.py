@@ -170,6 +170,7 @@ def _about(model: BridleModel, documents: Documents, settings: Settings, batch: 
             "modality": config.modality,
             "codebooks": config.quantizer.codebooks,
             "codebook_size": config.quantizer.codebook_size,
+            "grid": dict(model.modality.grid),
         },
         "settings": {
             "format": settings.kind,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -72,6 +72,8 @@ class Engine:
     def __init__(self, model: BridleModel, inputs: Inputs, *, batch: int, workers: int) -> None:
         self.model, self.inputs, self.batch, self.workers = model, inputs, batch, workers
         self.timings = Timings()
+        self.ticked: Callable[[], None] = lambda: None
+        """Called now and then while samples go through the model."""
         self._values: list[torch.Tensor] = []
         self._owners: list[_Sample] = []
         self._content: list[int] = []
@@ -96,6 +98,7 @@ class Engine:
                 self._launch(len(self._owners))
                 unit.complete = True
             yield from self._finished(units_open)
+            self.ticked()
             began = time.perf_counter()
         self._settle()
         yield from self._finished(units_open)

@@ -15,65 +15,40 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from bridle.model_folder import BridleModel
 from bridle.tokens.bulk import Prepared
 from bridle.tokens.claims import Claims
 from bridle.tokens.engine import Engine, Finished
 from bridle.tokens.formats import DATA, write_unit
-from bridle.tokens.parts import PARTS, Part, read_parts, refuse_changed, whole
+from bridle.tokens.parts import PARTS, Part, read_parts, whole
+from bridle.tokens.state import State
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 WRITES_AHEAD = 2
-FEW = 100
-"""Samples below which the share of skipped ones says little; the job's end counts whatever there is."""
-
-
-class TooManySkippedError(ValueError):
-    """More samples than `max_corrupt` allows could not be read."""
-
-
-@dataclass
-class Progress:
-    """What is known while a job runs. done: units; samples, skipped: of them; codes, tokens: written in this run."""
-
-    done: int = 0
-    samples: int = 0
-    skipped: int = 0
-    codes: int = 0
-    tokens: int = 0
-
-
-Told = Callable[[Progress, Part | None], None]
-"""Called when a unit is done, by this process (then with its part) or by another (none)."""
 
 
 @dataclass
 class Job:
     """Everything that one process needs to work on a job.
 
-    rank, world: of this process, which only say where it begins. lease_s: see `Claims`. max_corrupt: share of samples
-    that may be skipped. told: see `Told`.
+    rank, world: of this process, which only say where it begins. lease_s: see `Claims`.
     """
 
-    prepared: Prepared
+    state: State
     model: BridleModel
     workers: int
-    max_corrupt: float
     rank: int = 0
     world: int = 1
     lease_s: float = 60.0
-    parts: dict[int, Part] = field(default_factory=dict)
-    progress: Progress = field(default_factory=Progress)
-    told: Told = lambda progress, part: None
 
     def __post_init__(self) -> None:
-        self.store, self.inputs = self.prepared.store, self.prepared.inputs
-        self.engine = Engine(self.model, self.inputs, batch=self.prepared.batch, workers=self.workers)
+        self.prepared = self.state.prepared
+        self.engine = Engine(self.model, self.prepared.inputs, batch=self.prepared.batch, workers=self.workers)
 
     def run(self) -> list[Part]:
         """Does what is not done yet, waits for what others are at, and takes over what a lost one left.
@@ -86,43 +61,20 @@ class Job:
             ShardError, OSError: an input or the output cannot be had; what is done stays.
             ValueError: an input has changed since it was tokenized.
         """
-        with Claims(self.store, self.rank, self.lease_s) as claims:
-            self._look()
-            waited = False
-            while len(self.parts) < len(self.inputs.units):
+        waited = False
+        with Claims(self.prepared.store, self.rank, self.lease_s) as claims:
+            self.state.look()
+            while self.state.missing:
                 did = self._work(claims)
-                self._look()
-                if not did and len(self.parts) < len(self.inputs.units):
+                self.state.look()
+                if not did and self.state.missing:
                     if not waited:
-                        left = len(self.inputs.units) - len(self.parts)
-                        log.info("waiting for %d units that other processes are at", left)
+                        log.info("waiting for %d units that other processes are at", len(self.state.missing))
                         waited = True
                     time.sleep(POLL_SECONDS)
-        self._check_skipped(at_least=1)
-        return [self.parts[unit] for unit in range(len(self.inputs.units))]
-
-    def _look(self) -> None:
-        """Notices units that are done, by an earlier run or by another process."""
-        listed = {name.removesuffix(".json") for name in self.store.sizes(PARTS)}
-        missing = [u for u, unit in enumerate(self.inputs.units) if u not in self.parts and unit.name in listed]
-        if not missing:
-            return
-        sizes = self.store.sizes(DATA)
-        names = [self.inputs.units[unit].name for unit in missing]
-        for unit, part in zip(missing, read_parts(self.store, names), strict=True):
-            if part is not None and whole(part, sizes):
-                refuse_changed(self.store, self.inputs, unit, part)
-                self._done(unit, part, here=False)
-
-    def _done(self, unit: int, part: Part, here: bool) -> None:
-        self.parts[unit] = part
-        self.progress.done += 1
-        self.progress.samples += part.samples + len(part.skipped)
-        self.progress.skipped += len(part.skipped)
-        if here:
-            self.progress.codes += part.codes
-            self.progress.tokens += part.tokens
-        self.told(self.progress, part if here else None)
+        for folder in (DATA, PARTS):
+            self.prepared.store.sweep(folder, self.lease_s)
+        return self.state.in_order()
 
     def _work(self, claims: Claims) -> int:
         """One pass over all units that nobody has done or claimed; how many were done."""
@@ -146,40 +98,31 @@ class Job:
         return did
 
     def _collect(self, unit: int, future: Future[Part]) -> int:
-        self._done(unit, future.result(), here=True)
-        self._check_skipped(at_least=FEW)
+        self.state.add(unit, future.result(), here=True)
         return 1
 
     def _claimed(self, claims: Claims) -> Iterator[int]:
         """Units that this process now owns: its own share first, then what others have not begun."""
-        count = len(self.inputs.units)
-        own = range(self.rank % self.world, count, self.world)
-        for unit in [*own, *(u for u in range(count) if u % self.world != self.rank % self.world)]:
-            name = self.inputs.units[unit].name
-            if unit not in self.parts and claims.take(name):
-                if self.store.read(f"{PARTS}/{name}.json") is not None and self._done_meanwhile(unit):
-                    claims.release(name)
-                    continue
+        count, first = len(self.prepared.inputs.units), self.rank % self.world
+        own = range(first, count, self.world)
+        for unit in [*own, *(unit for unit in range(count) if unit % self.world != first)]:
+            name = self.prepared.inputs.units[unit].name
+            if unit in self.state.parts or not claims.take(name):
+                continue
+            if self._done_meanwhile(name):
+                claims.release(name)
+            else:
                 yield unit
 
-    def _done_meanwhile(self, unit: int) -> bool:
-        (part,) = read_parts(self.store, [self.inputs.units[unit].name])
-        return part is not None and whole(part, self.store.sizes(DATA))
+    def _done_meanwhile(self, name: str) -> bool:
+        store = self.prepared.store
+        (part,) = read_parts(store, [name])
+        return part is not None and whole(part, store.sizes(DATA))
 
     def _write(self, finished: Finished, claims: Claims) -> Part:
         part = write_part(self.prepared, finished)
         claims.release(part.name)
         return part
-
-    def _check_skipped(self, at_least: int) -> None:
-        progress = self.progress
-        if progress.samples >= at_least and progress.skipped > self.max_corrupt * progress.samples:
-            first = next((s for part in self.parts.values() for s in part.skipped), None)
-            example = f"the first: {first['key']}: {first['reason']}; " if first else ""
-            raise TooManySkippedError(
-                f"{progress.skipped} of {progress.samples} samples could not be read, more than --max-corrupt "
-                f"{self.max_corrupt:g}; {example}what is done stays, parts/ names them; raise --max-corrupt to go on"
-            )
 
 
 def write_part(prepared: Prepared, finished: Finished) -> Part:

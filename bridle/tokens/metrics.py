@@ -5,8 +5,8 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from bridle.tokens.engine import Timings
-from bridle.tokens.job import Progress
 from bridle.tokens.parts import Part
+from bridle.tokens.state import Progress
 
 
 class Metrics:
@@ -42,7 +42,7 @@ class Metrics:
         self._server.shutdown()
 
     def told(self, progress: Progress, part: Part | None, timings: Timings) -> None:
-        """Takes over what a job tells; see `Job.told`."""
+        """Takes over what a job tells; see `Told`."""
         self._done.set(progress.done)
         self._samples.set(progress.samples)
         if part is None:

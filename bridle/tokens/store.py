@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,15 @@ class Store:
                 self._fs().rm_file(self._path(name))
             else:
                 Path(self._path(name)).unlink()
+
+    def sweep(self, folder: str, older_s: float) -> None:
+        """Removes what killed writers left half-written in a folder on a disk: nobody has touched it for so long."""
+        if self.remote:
+            return
+        for path in Path(self._path(folder)).glob(".*.partial"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > older_s:
+                    path.unlink()
 
     def sha256(self, name: str) -> str:
         """Hexadecimal SHA-256 of a file, read in pieces.

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from bridle.config import ColdStartPhase, Recipe
+from bridle.evaluation.run_folder import read_run
 from bridle.modalities import build_modality
 from bridle.model_folder import save_model
 from bridle.settings import RecipeError
@@ -16,6 +17,8 @@ from bridle.training.checkpoints import PhaseCheckpoints, read_position, read_te
 from bridle.training.manifest import check_folder
 from bridle.training.schedule import MAKES_ENCODER, iteration_of, tokenizer_phase_of
 
+NOT_FIGURES = {"phase", "phase_index", "split", "step", "samples", "time", "lr", "samples_per_second", "data_wait"}
+"""Of a row of metrics.jsonl: what says nothing about the model."""
 FREE_TO_CHANGE = {
     "data.workers", "data.cache", "data.cache_gb", "data.max_corrupt", "train.micro_batch_size", "train.log_every",
     "train.checkpoint_every", "train.evaluate_every", "train.evaluate_clips", "train.prometheus_port",
@@ -26,10 +29,14 @@ DATA_NAMES = ("data.shards", "data.sources", "data.heldout")
 """Settings that `BegunWith` judges by what they lead to, so that shards may be moved."""
 
 
-def export_model(run: Path, phase_index: int, target: Path, name: str | None = None) -> None:
+def export_model(
+    run: Path, phase_index: int, target: Path, name: str | None = None, licence: str | None = None
+) -> None:
     """Writes the model that phase `phase_index` of a run ended with, and the tokenizer that taught it.
 
     `name`: of the model; by default that of the run with the iteration.
+
+    licence: of the weights, for its card.
 
     Raises:
         CheckpointError: the phase is not finished, or its files are damaged.
@@ -53,8 +60,23 @@ def export_model(run: Path, phase_index: int, target: Path, name: str | None = N
         encoder=read_tensors(encoder / "encoder.safetensors"),
         tokenizer=read_tensors(tokenizer / "tokenizer.safetensors"),
         learned=not isinstance(recipe.phases[source], ColdStartPhase),
-        trained={"iteration": iteration, "steps": position.step, "clips": position.samples, "run": run.resolve().name},
+        trained={
+            "iteration": iteration,
+            "steps": position.step,
+            "clips": position.samples,
+            "run": run.resolve().name,
+            "data": [pattern for source in recipe.data.mixture for pattern in source.shards],
+            "figures": _figures(run, phase_index),
+        },
+        licence=licence,
     )
+
+
+def _figures(run: Path, phase_index: int) -> dict[str, Any]:
+    """The last held-out figures of a phase, for the model's card; none where nothing was held out."""
+    phases = {phase.index: phase for phase in read_run(run).phases}
+    rows = phases[phase_index].heldout if phase_index in phases else []
+    return {name: value for name, value in (rows[-1] if rows else {}).items() if name not in NOT_FIGURES}
 
 
 def finished_encoder_phases(run: Path) -> list[int]:

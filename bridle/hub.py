@@ -1,0 +1,84 @@
+"""Model folders on the Hugging Face hub: fetched by name and revision, and published. Weights are safetensors only."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+FILES = ("config.json", "model.safetensors", "README.md")
+SCHEME = "hf://"
+_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+class HubError(ValueError):
+    """The hub does not have it, does not let us, or cannot be reached."""
+
+
+def local_folder(source: str | Path, revision: str | None = None) -> Path:
+    """A model folder on this machine: the path itself, or a snapshot of ``owner/name``, ``hf://owner/name@revision``.
+
+    A path that exists, or whose parent does, is a path. revision: a branch, a tag or, best, a commit.
+
+    Raises:
+        HubError: no such repository, revision or permission, no network, or huggingface_hub is missing.
+    """
+    name = str(source)
+    path = Path(name.removeprefix(SCHEME).partition("@")[0])
+    repo, _, pinned = name.removeprefix(SCHEME).partition("@")
+    wanted = name.startswith(SCHEME) or (isinstance(source, str) and bool(_ID.fullmatch(repo)))
+    if not wanted or (not name.startswith(SCHEME) and (Path(name).exists() or path.parent.exists())):
+        return Path(source)
+    if not _ID.fullmatch(repo):
+        raise HubError(f"{name}: expected {SCHEME}OWNER/NAME or {SCHEME}OWNER/NAME@REVISION")
+    try:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(repo, revision=revision or pinned or None, allow_patterns=list(FILES)))
+    except ImportError:
+        raise HubError(f"{name}: no such folder, and the hub needs pip install 'bridle[tokens]'") from None
+    except Exception as error:  # the client has a dozen kinds
+        raise HubError(f"{name}: no such folder here, and the hub says: {_said(error)}") from None
+    if not (folder / FILES[0]).is_file():
+        raise HubError(f"{name}: no such folder here, and the hub says: no {FILES[0]} at that revision")
+    if not (revision or pinned):
+        log.warning("%s: loaded at revision %s; pin it with %s@%s", name, folder.name, repo, folder.name)
+    return folder
+
+
+def publish(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    branch: str | None = None,
+    message: str = "Upload a BRIDLE model",
+) -> str:
+    """Uploads a model folder as one commit, and makes the repository if it is not there.
+
+    Returns:
+        The commit.
+
+    Raises:
+        HubError: see `local_folder`.
+    """
+    try:
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo, private=private, exist_ok=True)
+        done: Any = api.upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=list(FILES), commit_message=message, revision=branch
+        )
+    except ImportError:
+        raise HubError("the hub needs pip install 'bridle[tokens]'") from None
+    except Exception as error:
+        raise HubError(f"{repo}: not published: {_said(error)}") from None
+    return str(done.oid)
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

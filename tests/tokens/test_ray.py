@@ -1,0 +1,96 @@
+"""Ray on this machine: the files of a run without it, also when actors are killed; codes for a Ray Data pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from corpus_inputs import sample_media, write_tar
+
+import bridle
+import bridle.ray
+from bridle.cli import main
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A Ray of two CPUs on this machine, whose workers see what this process sees."""
+    os.environ["RAY_DISABLE_IMPORT_WARNING"] = "1"
+    path = os.pathsep.join(
+        filter(None, [str(Path(bridle.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(":")])
+    )
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}},
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def hashes(out: Path) -> dict[str, str]:
+    files = [*(out / "data").iterdir(), out / "manifest.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def kill_an_actor(parts: Path, killed: list[int]) -> None:
+    """As soon as an output is there, kills the process of an actor that works."""
+    from ray.util.state import list_actors
+
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not killed:
+        if list(parts.glob("*.json")):
+            for actor in list_actors(filters=[("state", "=", "ALIVE")]):
+                if actor.pid and "MapWorker" in actor.class_name:
+                    os.kill(actor.pid, signal.SIGKILL)
+                    killed.append(actor.pid)
+                    break
+        time.sleep(0.02)
+
+
+def test_ray_gives_the_same_files_and_an_actor_killed_loses_nothing(
+    cluster: None, models: dict[str, Path], tmp_path: Path
+) -> None:
+    media = sample_media("audio", 12)
+    shards = [
+        write_tar(tmp_path / f"s{i}.tar", [(f"k{i}-{j}.{media[j][0]}", media[j][1]) for j in range(12)])
+        for i in range(8)
+    ]
+    command = ["tokenize", str(models["audio"]), *map(str, shards), "--workers", "0", "--out"]
+    assert main([*command, str(tmp_path / "local")]) == 0
+    killed: list[int] = []
+    out = tmp_path / "ray"
+    killer = threading.Thread(target=kill_an_actor, args=(out / "parts", killed))
+    killer.start()
+    assert main([*command, str(out), "--engine", "ray"]) == 0
+    killer.join()
+    assert killed, "no actor was caught at work"
+    assert hashes(out) == hashes(tmp_path / "local")
+
+
+def test_a_ray_data_pipeline_gets_codes(cluster: None, models: dict[str, Path]) -> None:
+    media = [data for _, data in sample_media("audio", 5)]
+    items: list[dict[str, Any]] = [{"id": i, "bytes": data} for i, data in enumerate([*media, b"no sound"])]
+    rows = bridle.ray.tokenize(ray.data.from_items(items), str(models["audio"])).take_all()
+    model = bridle.load(models["audio"])
+    assert len(rows) == 6
+    for row in rows:
+        if row["id"] == 5:
+            assert row["error"]
+            assert row["codes"] is None
+            continue
+        stream = model.tokenize(media[row["id"]])
+        np.testing.assert_array_equal(np.stack(list(row["codes"])), stream.codes.T.numpy())
+        assert row["grid"] == stream.grid
+        assert row["duration_s"] == stream.duration_s
+        assert row["error"] is None
