@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_an_image_takes_what_the_lock_names_and_keeps_only_what_it_runs(name: st
     assert [text for word, text in final if word == "COPY"] == ["--from=build /opt/bridle /opt/bridle"]
     assert [text for word, text in final if word == "USER"] == ["10001:10001"]
     labels = " ".join(text for word, text in final if word == "LABEL")
-    for label in ("title", "description", "version", "revision", "created", "base.name"):
+    for label in ("title", "description", "licenses", "version", "revision", "created", "base.name"):
         assert f"org.opencontainers.image.{label}=" in labels
     assert any(word == "HEALTHCHECK" for word, _ in final)
 
@@ -76,8 +77,10 @@ def test_the_build_context_has_what_the_package_is_made_of_and_no_more() -> None
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
     assert lines[0] == "*"
     names = {line[1:] for line in lines if line.startswith("!")}
-    assert names == {"bridle", "serving", "ds_configs", "pyproject.toml", "README.md", "requirements*.lock"}
+    assert names == {"bridle", "serving", "ds_configs", "pyproject.toml", "README.md", "LICENSE", "requirements*.lock"}
     assert all(list(ROOT.glob(name)) for name in names)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {project["readme"], *project["license-files"]} <= names
 
 
 def test_every_service_of_compose_is_hardened_and_pinned_and_finds_its_files() -> None:

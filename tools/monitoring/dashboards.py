@@ -81,6 +81,8 @@ def serving() -> str:
             "short",
         )
     )
+    lost = f"sum by (instance) (increase({SERVE.lost_lines}{{{OF}}}[5m]))"
+    board.with_panel(_lines("Log lines lost (in 5 min)", [(lost, "{{instance}}")], "short"))
     loaded = f"count by (model, modality, sha256) ({SERVE.model_info}{{{OF}}})"
     board.with_panel(_lines("Loaded (pods)", [(loaded, "{{model}} {{modality}} {{sha256}}")], "short"))
     versions = f"count by (version) ({SERVE.build_info}{{{OF}}})"
