@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from bridle.config import MaskSettings
 from bridle.data.errors import ShardError
 from bridle.data.shards import ShardSet
+from bridle.evaluation.palette import code_colours
 from bridle.modalities.clip import Clip, ClipError, Modality
 from bridle.model_folder import BridleModel, stacked
 from bridle.modeling.masking import draw_mask
@@ -37,10 +38,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class ShownClip:
-    """A clip's tiles: the picture, the masked one, then one per codebook."""
+    """A clip's tiles: the picture, the masked one, then one per codebook; sound: an mp3, where it can be heard."""
 
     name: str
     tiles: list[Tile]
+    sound: bytes | None = None
 
 
 def show_clips(
@@ -55,19 +57,23 @@ def show_clips(
     for start, end in pairwise(bounds):
         chosen = _fullest(shards, modality, range(start, end))
         if chosen is not None:
-            index, name, clip = chosen
-            shown.append(ShownClip(name, _tiles(clip, modality, mask, model, index)))
+            index, name, clip, sound = chosen
+            shown.append(ShownClip(name, _tiles(clip, modality, mask, model, index), sound))
     return shown
 
 
-def _fullest(shards: ShardSet, modality: Modality, indexes: range) -> tuple[int, str, Clip] | None:
-    """Number, name and first window of the sample with the least padding, among the first few that decode."""
-    found: list[tuple[int, str, Clip]] = []
+Found = tuple[int, str, Clip, bytes | None]
+
+
+def _fullest(shards: ShardSet, modality: Modality, indexes: range) -> Found | None:
+    """Number, name, first window and sound of the sample with the least padding, among the first few that decode."""
+    found: list[Found] = []
     for index in indexes:
         try:
             sample = shards.read(index)
             clip = next(iter(modality.windows(sample.data)))
-            found.append((index, ", ".join([sample.key, *sample.labels]), clip))
+            name = ", ".join([sample.key, *sample.labels])
+            found.append((index, name, clip, modality.audible(sample.data, clip.duration_s or 0.0)))
         except (ClipError, ShardError):
             continue
         if len(found) == CANDIDATES or clip.valid == next(iter(clip.grid.values())):
@@ -154,16 +160,6 @@ class _View:
         row[:, :, :width, :3] = np.swapaxes(pixels[moments], 0, 1)
         row[:, :, :width, 3] = 255
         return row.reshape(height, -1, 4)[:, : row.shape[1] * row.shape[2] - (row.shape[2] - width)]
-
-
-def code_colours(codes: NDArray[np.int64]) -> Pixels:
-    """uint8 ``[..., 3]``: hues a golden angle apart, so that neighbouring codes look different; the same every time."""
-    from matplotlib.colors import hsv_to_rgb
-
-    hue = (codes * 0.618034) % 1.0
-    saturation = 0.45 + 0.4 * ((codes * 0.381966) % 1.0)
-    value = 0.6 + 0.38 * ((codes * 0.7548777) % 1.0)
-    return np.round(hsv_to_rgb(np.stack([hue, saturation, value], axis=-1)) * 255).astype(np.uint8)
 
 
 def heldout_clips(

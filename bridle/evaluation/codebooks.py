@@ -110,15 +110,19 @@ class Windows(torch.utils.data.IterableDataset[Window | Skipped]):
         worker = torch.utils.data.get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for index in range(first, len(self.shards), step):
-            begun = False
-            try:
-                for clip in self.modality.windows(self.shards.data(index)):
-                    per_step = math.prod(clip.grid.values()) // next(iter(clip.grid.values()))
-                    yield Window(clip.values, clip.valid * per_step, not begun)
-                    begun = True
-            except (ClipError, ShardError) as error:
-                shard, key = self.shards.where(index)
-                yield Skipped(f"{shard}, key {key}: {' '.join(str(error).split())}", begun)
+            yield from self.of(index)
+
+    def of(self, index: int) -> Iterator[Window | Skipped]:
+        """Those of one file."""
+        begun = False
+        try:
+            for clip in self.modality.windows(self.shards.data(index)):
+                per_step = math.prod(clip.grid.values()) // next(iter(clip.grid.values()))
+                yield Window(clip.values, clip.valid * per_step, not begun)
+                begun = True
+        except (ClipError, ShardError) as error:
+            shard, key = self.shards.where(index)
+            yield Skipped(f"{shard}, key {key}: {' '.join(str(error).split())}", begun)
 
 
 @torch.inference_mode()

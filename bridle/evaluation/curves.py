@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-COLOURS = ("#3b7dd8", "#e07b28", "#2a9d6f", "#c2559d", "#8a63d2", "#b8912a", "#4aa3b5", "#d0524f")
-"""Told apart on white and on black, also by most who do not see all colours."""
+from bridle.evaluation.palette import CODEBOOKS
+
 TEXT, LINE = "#010203", "#040506"
 """Stand-ins that become the page's colours."""
 MOST_POINTS = 300
@@ -101,7 +101,7 @@ def draw(panels: Sequence[Panel], description: str) -> str:
 
 def _draw_panel(panel: Panel, axes: Axes) -> None:
     for line in panel.lines:
-        axes.plot(line.steps, line.values, **{"color": COLOURS[line.colour % len(COLOURS)], **line.style})
+        axes.plot(line.steps, line.values, **{"color": CODEBOOKS[line.colour % len(CODEBOOKS)], **line.style})
     axes.set_title(panel.title)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(panel.unit)
@@ -116,7 +116,7 @@ def _draw_legend(lines: Sequence[Line], figure: Figure) -> None:
     handles = {}
     order = ("training", "heldout", "baseline", "level")
     for line in sorted(lines, key=lambda line: order.index(line.kind)):
-        colour = COLOURS[line.colour % len(COLOURS)] if line.kind == "training" else TEXT
+        colour = CODEBOOKS[line.colour % len(CODEBOOKS)] if line.kind == "training" else TEXT
         handles[line.label] = Line2D([], [], **{"color": colour, **line.style})
     if len(handles) > 1:
         figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=8)

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bridle.evaluation.codebooks import BINS
+from bridle.evaluation.palette import CODEBOOKS
 
-USED, DEAD = "#3b7dd8", "#c9c9c9"
+USED, DEAD = CODEBOOKS[0], "#c9c9c9"
 
 
 def norms_picture(norms: Tensor, counts: Tensor, title: str) -> bytes:

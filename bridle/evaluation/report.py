@@ -6,43 +6,25 @@ import base64
 import io
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from bridle import __version__
+from bridle.data.shards import ShardSet, open_shards
 from bridle.evaluation.clips import ShownClip, Tile, heldout_clips
+from bridle.evaluation.codebooks import Windows, code_norms, figures, measure
+from bridle.evaluation.page_style import CSS
 from bridle.evaluation.run_folder import PhaseRows, RunFolder
 from bridle.evaluation.topics import Chart, charts
 from bridle.modalities import build_modality
 from bridle.model_folder import BridleModel, load
 
-CSS = """
-:root { color-scheme: light dark; --text: #1c1e21; --quiet: #60666e; --line: #dfe2e6; --back: #ffffff; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e4e6e9; --quiet: #9aa1aa; --line: #34383e; --back: #16181b; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 54rem; background: var(--back); color: var(--text);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; }
-h2 { font-size: 1.15rem; margin: 2.75rem 0 0.25rem; }
-h3 { font-size: 1rem; font-weight: 600; margin: 1.5rem 0 0.5rem; }
-p { margin: 0.25rem 0 0.75rem; }
-.quiet, figcaption { color: var(--quiet); font-size: 0.875rem; }
-.note { border-left: 3px solid #e07b28; padding-left: 0.75rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { text-align: right; padding: 0.3rem 0 0.3rem 0.75rem; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; vertical-align: bottom; } td { white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.15rem 1.25rem; font-size: 0.9rem; margin: 1rem 0; }
-dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
-svg { display: block; width: 100%; min-width: 38rem; height: auto; }
-figure { margin: 0; } img { display: block; width: 100%; height: auto; image-rendering: pixelated; border-radius: 3px; }
-.tiles { display: grid; gap: 0.9rem; }
-pre { font-size: 0.8rem; overflow-x: auto; } summary { cursor: pointer; }
-""".strip()
+RATES = {"Learning rate", "Throughput", "Waiting for data"}
+"""Charts that stand behind the clips."""
+MEASURED = 256
+"""Held-out files of which codebook usage is measured, at most."""
 
 HEALTH = {
     "accuracy": "accuracy", "position_accuracy": "by position alone", "codebook_perplexity": "perplexity",
@@ -54,12 +36,14 @@ HEALTH = {
 
 @dataclass
 class Report:
-    """What goes into the page. notes: what could not be shown, and why, one sentence each."""
+    """What goes into the page. usage: see `codebooks.figures`. notes: what could not be shown, and why, one sentence
+    each."""
 
     run: RunFolder
     charts: list[Chart]
     clips: list[ShownClip]
     model: str | None = None
+    usage: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -78,9 +62,20 @@ def build_report(run: RunFolder) -> Report:
     try:
         modality = build_modality(recipe.modality, recipe.clip)
         report.clips = heldout_clips(recipe.data.heldout, modality, recipe.mask, model, recipe.data.cache)
+        if model is not None:
+            report.usage = _usage(
+                model, open_shards(recipe.data.heldout, extensions=modality.extensions, cache=recipe.data.cache)
+            )
     except (ValueError, OSError) as error:
         report.notes.append(f"The held-out clips cannot be shown: {error}")
     return report
+
+
+def _usage(model: BridleModel, shards: ShardSet) -> list[dict[str, Any]]:
+    """Of files spread over all of them."""
+    chosen = np.linspace(0, len(shards), min(MEASURED, len(shards)), endpoint=False).astype(int).tolist()
+    windows = (window for number in chosen for window in Windows(shards, model.modality).of(number))
+    return figures(measure(model, windows), code_norms(model))
 
 
 def _newest_model(run: RunFolder, report: Report) -> BridleModel | None:
@@ -102,10 +97,12 @@ def page(report: Report) -> str:
     title = escape(run.path.resolve().name)
     parts = [
         f"<h1>{title}</h1>", f'<p class="quiet">{escape(_state(run))}</p>',
+        f'<p class="headline">{escape(headline(report))}</p>',
         *[f'<p class="note">{escape(note)}</p>' for note in report.notes],
-        _facts(run), _phase_table(run), _health(run),
-        *[_chart(chart) for chart in report.charts],
-        _clips(report),
+        _clips(report), _phase_table(run), _health(run), _usage_table(report),
+        *[_chart(chart) for chart in report.charts if chart.title not in RATES],
+        *[_chart(chart) for chart in report.charts if chart.title in RATES],
+        "<h2>What ran</h2>", _facts(run),
         f"<h2>Recipe</h2><details><summary>all settings</summary><pre>{escape(run.recipe_text)}</pre></details>",
         f'<p class="quiet">Written by bridle {escape(__version__)}.</p>',
     ]  # fmt: skip
@@ -116,6 +113,43 @@ def page(report: Report) -> str:
         + "\n".join(part for part in parts if part)
         + "\n</body>\n</html>\n"
     )
+
+
+def headline(report: Report) -> str:
+    """The run in one or two sentences."""
+    run = report.run
+    said = "No phase has been evaluated on held-out clips yet."
+    scored = [phase for phase in run.phases if phase.heldout and "accuracy" in phase.heldout[-1]]
+    if scored:
+        row = scored[-1].heldout[-1]
+        accuracy, majority = float(np.mean(row["accuracy"])), float(np.mean(row.get("codebook_majority", 0.0)))
+        said = (
+            f"Of hidden patches of held-out clips, {100 * accuracy:.0f} % of the codes are predicted"
+            f" (always naming the most frequent code: {100 * majority:.0f} %)."
+        )
+    if report.usage:
+        used, ecu = (float(np.mean([row[key] for row in report.usage])) for key in ("cur", "ecu"))
+        said += f" Held-out clips use {100 * used:.0f} % of {report.model}'s codes; effective usage (ECU) {ecu:.2f}."
+    return said
+
+
+def _usage_table(report: Report) -> str:
+    if not report.usage:
+        return ""
+    head = ("codebook", "CUR", "ECU", "perplexity", "dead", "error", "mean norm", "least norm", "greatest norm")
+    lines = [f"<tr>{''.join(f'<th>{text}</th>' for text in head)}</tr>"]
+    for row in report.usage:
+        norms = [row["norm_mean"], row["norm_edges"][0], row["norm_edges"][-1]]
+        rates = [f"{row['cur']:.3f}", f"{row['ecu']:.3f}", f"{row['perplexity']:.1f}", str(row["dead"])]
+        cells = [str(row["codebook"]), *rates, f"{row['error']:.4f}", *(f"{norm:.4f}" for norm in norms)]
+        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    about = (
+        f"{report.model} on up to {MEASURED} held-out files. CUR: share of the codes that occur (Eq. 29); ECU: 1 where"
+        " all occur equally often (Eq. 31); error: what is left of a latent of norm 1; norms: of the codes. Few clips"
+        " cannot fill many codes: `bridle codebooks` looks at a whole data set."
+    )
+    table = f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    return f'<h2>Codebooks</h2><p class="quiet">{escape(about)}</p>{table}'
 
 
 def _state(run: RunFolder) -> str:
@@ -231,9 +265,16 @@ def _clips(report: Report) -> str:
         height, width, _ = clip.tiles[0].pixels.shape
         columns = 3 if width < 1.5 * height else 2 if width < 3 * height else 1
         tiles = "".join(_tile(tile) for tile in clip.tiles)
-        style = f"grid-template-columns: repeat({columns}, 1fr)"
-        parts.append(f'<h3>{escape(clip.name)}</h3><div class="tiles" style="{style}">{tiles}</div>')
+        tiles = f'<div class="tiles" style="--columns: {columns}">{tiles}</div>'
+        parts.append(f"<h3>{escape(clip.name)}</h3>{_player(clip)}{tiles}")
     return "\n".join(parts)
+
+
+def _player(clip: ShownClip) -> str:
+    if clip.sound is None:
+        return ""
+    source = f"data:audio/mpeg;base64,{base64.b64encode(clip.sound).decode()}"
+    return f'<audio controls preload="metadata" src="{source}" aria-label="Sound of {escape(clip.name)}"></audio>'
 
 
 def _tile(tile: Tile) -> str:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 
 from bridle.config import Positive
-from bridle.modalities.audio_decode import decode, excerpt, open_recording
+from bridle.modalities.audio_decode import as_mp3, decode, excerpt, open_recording
 from bridle.modalities.audio_kinds import kind_of
 from bridle.modalities.clip import EXTENSIONS, Clip, Limits
 from bridle.modalities.fbank import FRAMES_PER_SECOND, HOP, SAMPLE_RATE, WINDOW, fbank, frame_count
@@ -151,6 +151,10 @@ class Audio:
         picture = colormaps["magma"](shade, bytes=True)[..., :3]
         picture[:, content.shape[1] :] = 96
         return picture
+
+    def audible(self, data: bytes, seconds: float) -> bytes | None:
+        """What the model hears of it."""
+        return as_mp3(excerpt(data, self.limits, round(seconds * SAMPLE_RATE), 0.0)) if seconds else None
 
     def _clip(self, samples: np.ndarray, start_s: float | None, duration_s: float) -> Clip:
         """Mean removed, features, zeros up to the clip's frames (before normalising, as AST does), normalised."""

@@ -158,3 +158,7 @@ class Modality(Protocol):
         """For people: uint8 ``[H, W, 3]`` of a clip, or ``[T, H, W, 3]`` where a clip has frames. Axis order for
         audio: frequency upwards, time to the right."""
         ...
+
+    def audible(self, data: bytes, seconds: float) -> bytes | None:
+        """For people: the first `seconds` of the content as an mp3 file, 16 kHz mono; none where it is not sound."""
+        ...

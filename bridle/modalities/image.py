@@ -160,6 +160,10 @@ class Image:
         """uint8 [H, W, 3]."""
         return denormalise(clip.values, self.settings.mean, self.settings.std)
 
+    def audible(self, data: bytes, seconds: float) -> bytes | None:
+        """None: no sound is read."""
+        return None
+
     def _open(self, data: bytes) -> tuple[Pillow.Image, int]:
         """A picture whose header was read and found within the limits, and its EXIF orientation (1 to 8)."""
         if not data:

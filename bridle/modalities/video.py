@@ -134,6 +134,10 @@ class Video:
         """uint8 [T, H, W, 3]."""
         return denormalise(clip.values, self.settings.mean, self.settings.std)
 
+    def audible(self, data: bytes, seconds: float) -> bytes | None:
+        """None: no sound is read."""
+        return None
+
     def _clips(self, data: bytes, draws: Draws | None) -> Iterator[Clip]:
         for header, pixels in self._answers(data, draws):
             values = normalise(torch.from_numpy(pixels), self.settings.mean, self.settings.std)

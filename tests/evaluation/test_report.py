@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 import bridle
 from bridle.cli import main
 from bridle.data.shards import open_shards
-from bridle.evaluation.clips import code_colours
+from bridle.evaluation.palette import CODES, code_colours
 
 
 class Page(HTMLParser):
@@ -56,7 +57,8 @@ def test_page_needs_nothing_from_outside(finished: Page) -> None:
     assert not finished.all("link")
     for tag, attributes in finished.tags:
         for name in ("src", "href", "xlink:href", "srcset", "action"):
-            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,")), (tag, name)
+            embedded = ("#", "data:image/png;base64,", "data:audio/mpeg;base64,")
+            assert attributes.get(name, "#").startswith(embedded), (tag, name)
         assert "url(" not in attributes.get("style", "").replace("url(#", "")
     assert "http" not in finished.text
 
@@ -114,6 +116,49 @@ def test_page_shows_the_newest_models_codes_of_heldout_clips(finished: Page, tin
 def _pixels(picture: dict[str, str]) -> np.ndarray:
     data = base64.b64decode(picture["src"].removeprefix("data:image/png;base64,"))
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def test_page_begins_with_what_came_out_and_shows_clips_before_rates(finished: Page, tiny_run: Path) -> None:
+    last = next(row for row in reversed(_rows(tiny_run)) if row["split"] == "heldout" and "accuracy" in row)
+    share, majority = np.mean(last["accuracy"]), np.mean(last["codebook_majority"])
+    assert f"held-out clips, {100 * share:.0f} % of the codes are predicted (always naming" in finished.text
+    assert f"most frequent code: {100 * majority:.0f} %). Held-out clips use" in finished.text
+    order = [
+        "are predicted",
+        "Held-out clips Each with a mask",
+        "Phases",
+        "Codebooks",
+        "Loss",
+        "Throughput",
+        "What ran",
+    ]
+    places = [finished.text.index(words) for words in order]
+    assert places == sorted(places)
+
+
+def test_page_plays_the_sound_beside_its_spectrogram(finished: Page) -> None:
+    players = finished.all("audio")
+    assert len(players) == 3 and all(player["aria-label"] and "controls" in player for player in players)
+    for player in players:
+        sound, rate = soundfile.read(io.BytesIO(base64.b64decode(player["src"].partition(",")[2])))
+        assert rate == 16_000 and 0.2 < len(sound) / rate < 1.3 and np.abs(sound).max() > 0.01
+
+
+def test_page_has_usage_and_norms_of_each_codebook(finished: Page, tiny_run: Path, tmp_path: Path) -> None:
+    model = str(tiny_run / "models" / "iteration-2")
+    assert main(["codebooks", model, "builtin:audio-heldout", "--out", str(tmp_path)]) == 0
+    for row in json.loads((tmp_path / "codebooks.json").read_text())["per_codebook"]:
+        line = f"{row['codebook']} {row['cur']:.3f} {row['ecu']:.3f} {row['perplexity']:.1f} {row['dead']}"
+        assert f"{line} {row['error']:.4f} {row['norm_mean']:.4f}" in finished.text
+
+
+def test_the_playground_and_the_report_share_their_colours() -> None:
+    script = (Path(bridle.__file__).parents[1] / "serving/web/playground/playground.js").read_text()
+    assert "const CODES = [" + ", ".join(f'"{colour}"' for colour in CODES) + "];" in script
+    seen = code_colours(np.arange(64)).astype(float)
+    # As somebody without red receptors sees them (Viénot et al., 1999): lightness alone tells neighbours apart.
+    lightness = seen @ [0.2126, 0.7152, 0.0722]
+    assert np.abs(np.diff(lightness)).min() > 40
 
 
 def test_a_run_in_progress_has_a_page_with_what_there_is(

@@ -132,7 +132,7 @@ def test_everything_is_reached_and_worked_by_keyboard(
             active.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
             after = browser.find_element(By.ID, "here").text
             assert after != before
-            assert "codebook 0: " + " ".join(str(int(code)) for code in codes[16:24, 0]) in after
+            assert "codebook 1: " + " ".join(str(int(code)) for code in codes[16:24, 0]) in after
             assert active.get_attribute("aria-valuetext").endswith(" s")
         if active.get_attribute("id") == "book-0":
             active.send_keys(Keys.SPACE)

@@ -100,10 +100,15 @@ function show(name) {
   say(`Done: ${clip.codes[0].length} positions in ${clip.codebooks} codebooks.`);
 }
 
-function colour(book, code) {
-  const hue = (book * 360 / clip.codebooks + (code / clip.codebook_size) * 150) % 360;
-  const light = 25 + 50 * ((code * 37) % clip.codebook_size) / clip.codebook_size;
-  return `hsl(${hue.toFixed(1)} 65% ${light.toFixed(1)}%)`;
+// As bridle/evaluation/palette.py has them: cividis, which looks alike with and without red-green blindness.
+const CODES = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
+const ANCHORS = CODES.map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
+
+function colour(code) {
+  const place = (code * 0.618034) % 1 * (CODES.length - 1), below = Math.floor(place), share = place - below;
+  const full = ANCHORS[below].map((from, i) => from * (1 - share) + ANCHORS[below + 1][i] * share);
+  const grey = 0.2126 * full[0] + 0.7152 * full[1] + 0.0722 * full[2], paler = (code * 0.7548777) % 1 * 1.5;
+  return `rgb(${full.map((part) => Math.floor(Math.min(Math.max(part * (1 - paler) + grey * paler, 0), 255) + 0.5)).join(" ")})`;
 }
 
 function drawLayers() {
@@ -115,24 +120,24 @@ function drawLayers() {
     canvas.width = timed ? steps * columns : columns;
     canvas.height = rows;
     canvas.setAttribute("role", "img");
-    canvas.setAttribute("aria-label", `Codebook ${book}: ${new Set(clip.codes[book]).size} different codes`);
+    canvas.setAttribute("aria-label", `Codebook ${book + 1}: ${new Set(clip.codes[book]).size} different codes`);
     const pen = canvas.getContext("2d");
     clip.codes[book].forEach((code, position) => {
       const step = Math.floor(position / perStep), inside = position % perStep;
       let row = Math.floor(inside / columns);
       const column = step * columns + inside % columns;
       if ("frequency" in clip.grid) row = rows - 1 - row;  // low frequencies at the bottom, as in the spectrogram
-      pen.fillStyle = colour(book, code);
+      pen.fillStyle = colour(code);
       pen.fillRect(column, row, 1, 1);
     });
     const layer = Object.assign(document.createElement("div"), { className: "layer", id: `layer-${book}` });
     const mark = Object.assign(document.createElement("div"), { className: "mark" });
-    layer.append(canvas, mark, Object.assign(document.createElement("span"), { textContent: `codebook ${book}` }));
+    layer.append(canvas, mark, Object.assign(document.createElement("span"), { textContent: `codebook ${book + 1}` }));
     layers.push(layer);
     const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: true, id: `book-${book}` });
     box.addEventListener("change", () => { layer.hidden = !box.checked; });
     const label = Object.assign(document.createElement("label"), { htmlFor: box.id });
-    label.append(box, ` ${book}`);
+    label.append(box, ` ${book + 1}`);
     boxes.push(label);
   }
   by("layers").replaceChildren(...layers);
@@ -161,7 +166,7 @@ function scrub() {
   by("scrub").setAttribute("aria-valuetext", where);
   const from = timed ? at * perStep : at, to = timed ? Math.min(from + perStep, from + 16) : at + 1;
   by("here").textContent = `${where}\n` + clip.codes
-    .map((codes, book) => `codebook ${book}: ${codes.slice(from, to).join(" ")}${timed && perStep > 16 ? " …" : ""}`)
+    .map((codes, book) => `codebook ${book + 1}: ${codes.slice(from, to).join(" ")}${timed && perStep > 16 ? " …" : ""}`)
     .join("\n");
 }
 
