@@ -7,6 +7,8 @@ DEMO ?= runs/demo
 MASTER_PORT ?= 29500
 DEMO_CLIP := $(DEMO)/clip.ogg
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# What the launcher says of itself goes to a file.
+LAUNCHER = "/^\\[[0-9-]+ [0-9:,]+\\] \\[(INFO|WARNING)\\]/ {print > file; next} {print; fflush()}"
 
 .DELETE_ON_ERROR:
 .PHONY: setup demo test lint ruff format-check types clean lock mutants lock-cpu dashboards
@@ -26,16 +28,21 @@ $(INSTALLED): requirements.lock pyproject.toml
 # PATH as in a shell with the environment active: the commands are then the ones that the README prints.
 demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: $(INSTALLED)
-	deepspeed --num_gpus 2 --master_port $(MASTER_PORT) bridle/pretrain.py --deepspeed_config ds_configs/zero2.json --run $(DEMO)
+	@mkdir -p $(DEMO)
+	bash -o pipefail -c 'deepspeed --num_gpus 2 --master_port $(MASTER_PORT) bridle/pretrain.py \
+		--deepspeed_config ds_configs/zero2.json --run $(DEMO) 2>&1 | awk -v file=$(DEMO)/launcher.log $(LAUNCHER)'
 	bridle export $(DEMO) $(DEMO)/model
 	python examples/one_clip.py builtin:audio-heldout 12 $(DEMO_CLIP)
 	bridle tokenize $(DEMO)/model $(DEMO_CLIP)
 	bridle codebooks $(DEMO)/model builtin:audio-heldout --out $(DEMO)/codebooks
 	bridle report $(DEMO)
 	@echo
+	@echo 'It works: a model was pretrained, exported, and has turned a sound into codes. What came out stands above.'
 	@echo 'The model folder: $(DEMO)/model'
 	@echo 'The picture:      $(DEMO)/codebooks/code_norms.png'
 	@echo 'The page:         $(DEMO)/report.html'
+	@echo 'Library warnings: $(DEMO)/warnings.log, $(DEMO)/launcher.log'
+	@echo 'Next:             . $(BIN)/activate && bridle serve $(DEMO)/model'
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

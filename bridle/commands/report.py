@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
         RecipeError: no run there.
         OSError: the page cannot be written.
     """
-    from bridle.evaluation.report import build_report, page
+    from bridle.evaluation.report import build_report, headline, page
     from bridle.evaluation.run_folder import read_run
     from bridle.files import whole_file
     from bridle.training.remote_run import is_reported, on_disk
@@ -37,5 +37,6 @@ def run(args: argparse.Namespace) -> int:
             RemoteStore(args.run).put(target, "report.html")
     for note in report.notes:
         print(f"bridle report: {note}", file=sys.stderr)
+    print(headline(report), file=sys.stderr)
     print(args.out or f"{args.run.rstrip('/')}/report.html")
     return 0
