@@ -138,7 +138,7 @@ FAULTS: list[tuple[str, Change, str]] = [
     (JOB, lambda m: pod(m)["securityContext"].pop("runAsNonRoot"), "may run as root"),
     (JOB, lambda m: main(m)["securityContext"].update(readOnlyRootFilesystem=False), "expected securityContext"),
     (JOB, lambda m: pod(m).pop("enableServiceLinks"), "gets service links"),
-    (JOB, lambda m: pod(m).update(terminationGracePeriodSeconds=30), "shorter than a checkpoint"),
+    (JOB, lambda m: pod(m).update(terminationGracePeriodSeconds=120), "shorter than a stop"),
     (JOB, lambda m: pod(m).update(restartPolicy="OnFailure"), "needs restartPolicy Never"),
     (JOB, lambda m: m["spec"].update(parallelism=1), "not all pods run at once"),
     (JOB, lambda m: rules(m).pop(0), "exit code 2 does not"),
@@ -296,6 +296,7 @@ def test_the_documented_needs_of_the_papers_scale_are_those_of_its_overlay(monke
     nodes, gpus = pods.job["completions"], int(config["PET_NPROC_PER_NODE"] or 0)
     assert (nodes, gpus) == (8, 8)
     text = (ROOT / "docs/deploy.md").read_text()
+    assert f"{manifest_lint.STOP_SECONDS:g} s from SIGTERM to exit code 75" in text
     for recipe, clips, size in (("audio", 2_000_000, 320e3), ("image", 1_281_167, 115e3)):
         found = needs(recipe, nodes, gpus, clips, size, 120e12)
         assert "\n".join(described(found, nodes)) in text
