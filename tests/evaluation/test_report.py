@@ -218,3 +218,12 @@ def test_a_folder_that_is_no_run_ends_with_one_line_and_exit_code_2(
     assert "recipe.yaml" in error
     assert "Traceback" not in error
     assert not (tmp_path / "report.html").exists()
+
+
+def test_page_tells_each_phases_health_and_verdict(finished: Page, tiny_run: Path) -> None:
+    last = {(row["phase_index"], row["split"]): row for row in _rows(tiny_run)}
+    for index, key in ((1, "position_accuracy"), (2, "r2_cold_start"), (3, "position_accuracy")):
+        row = last[index, "heldout"]
+        assert row["verdict"] in finished.text
+        assert f"{np.mean(row[key]):.3f}" in finished.text
+    assert "directions of latents" in finished.text
