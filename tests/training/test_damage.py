@@ -44,8 +44,10 @@ def flipped_moment(run: Path) -> Path:
     return path
 
 
-def changed_digit(run: Path) -> Path:
-    path = newest(run) / "state.json"
+def both_checkpoints(run: Path) -> Path:
+    """A moment of the newest, and a digit of the one before."""
+    flipped_moment(run)
+    path = min((run / "checkpoints/phase-1-encoder").glob("step-*")) / "state.json"
     path.write_text(path.read_text().replace('"corrupt": 0', '"corrupt": 1'))
     return path
 
@@ -61,7 +63,7 @@ def flipped_cold_start(run: Path) -> Path:
     ("damage", "then"),
     [
         (flipped_moment, "phase 1 (encoder) goes on from step-0000000"),
-        (changed_digit, "phase 1 (encoder) goes on from step-0000000"),
+        (both_checkpoints, "phase 1 (encoder) begins again"),
         (flipped_cold_start, "phase 0 (cold_start) begins again"),
     ],
 )

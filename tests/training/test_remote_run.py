@@ -13,10 +13,13 @@ from typing import Any
 
 import boto3
 import pytest
-from launching import ROOT, TIMES, command, environment, pretrain, rows
+from launching import ROOT, TIMES, TINY, command, environment, pretrain, rows
 from moto.server import ThreadedMotoServer
 
+from bridle.config import load_recipe
 from bridle.model_folder import load
+from bridle.training.manifest import check_folder
+from bridle.training.origin import begin_from
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 ENDPOINT = "http://127.0.0.1:{}"
@@ -91,7 +94,7 @@ def rows_in(bucket: Any, prefix: str) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_a_run_goes_from_node_to_node_and_ends_as_an_undisturbed_one(bucket, port, undisturbed, tmp_path):
+def test_a_run_goes_from_node_to_node_and_ends_as_an_undisturbed_one(bucket, port, undisturbed, tmp_path, monkeypatch):
     run, at = "s3://runs/some/tiny", "some/tiny"
     first = Node(tmp_path / "first", port, run, ranks=2)
     first.wait_for(lambda: "checkpoints/phase-1-encoder/step-00000004/manifest.json" in keys(bucket, at))
@@ -131,6 +134,10 @@ def test_a_run_goes_from_node_to_node_and_ends_as_an_undisturbed_one(bucket, por
     assert b"<html" in content(bucket, f"{at}/report.html")
     assert fourth.bridle("status", run).returncode == 3
     assert fourth.bridle("status", "s3://runs/none").returncode == 2
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": ENDPOINT.format(port)}.items():
+        monkeypatch.setenv(name, value)
+    begin_from(f"{run}:1:8", tmp_path / "another", load_recipe(str(TINY)))
+    check_folder(tmp_path / "another/checkpoints/phase-1-encoder/step-00000008")
     missing = fourth.bridle("export", "s3://runs/none", str(model))
     assert (missing.returncode, len(missing.stderr.splitlines())) == (2, 1)
     assert "s3://runs/none: no run there" in missing.stderr
