@@ -55,7 +55,10 @@ class RemoteRun:
         """
         there = self.store.list()
         self._read_record(self.store.read(ID) if ID in there else None)
-        units = {unit: names for unit, names in _units(there).items() if wanted(f"{unit}/")}
+        whole = _units(there)
+        torn = [name for name in there if (found := UNIT.fullmatch(name)) and found[1] not in whole]
+        self.record |= {name: [0, 0, there[name]] for name in torn}  # not here, so that `push` removes them
+        units = {unit: names for unit, names in whole.items() if wanted(f"{unit}/")}
         if _furthest(self._local_units()) > _furthest(units):
             log.info("%s is further than %s; the rest will be uploaded", self.folder, self.store.url)
             return

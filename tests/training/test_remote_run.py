@@ -105,6 +105,8 @@ def test_a_run_goes_from_node_to_node_and_ends_as_an_undisturbed_one(bucket, por
         time.sleep(0.1)
     assert "stopped by" in first.output
 
+    torn = "checkpoints/phase-1-encoder/step-00000002/model.safetensors"  # as a node leaves it that dies in an upload
+    bucket.put_object(Key=f"{at}/{torn}", Body=b"half")
     second = Node(tmp_path / "second", port, run)
     second.wait_for(lambda: any(key.startswith("checkpoints/phase-2-tokenizer/step-") for key in keys(bucket, at)))
     second.process.kill()
