@@ -138,8 +138,8 @@ def test_a_run_goes_from_node_to_node_and_ends_as_an_undisturbed_one(bucket, por
     assert fourth.bridle("status", "s3://runs/none").returncode == 2
     for name, value in {**KEYS, "AWS_ENDPOINT_URL": ENDPOINT.format(port)}.items():
         monkeypatch.setenv(name, value)
-    begin_from(f"{run}:1:8", tmp_path / "another", load_recipe(str(TINY)))
-    check_folder(tmp_path / "another/checkpoints/phase-1-encoder/step-00000008")
+    begin_from(f"{run}:1", tmp_path / "another", load_recipe(str(TINY)))
+    check_folder(tmp_path / "another/checkpoints/phase-1-encoder/finished")
     missing = fourth.bridle("export", "s3://runs/none", str(model))
     assert (missing.returncode, len(missing.stderr.splitlines())) == (2, 1)
     assert "s3://runs/none: no run there" in missing.stderr
