@@ -19,6 +19,7 @@ from serving.engine.deployment import Deployment
 from serving.engine.errors import DeadlineError, EngineError, FileError
 from serving.engine.work import Stream, Timings, each_clip, whole, windows_of
 from serving.web.answers import ARROW, JSON, NDJSON, NPZ, Clip, answer, json_clip, negotiate
+from serving.web.lean import LeanRoute
 from serving.web.openapi import FILES, problems
 from serving.web.problems import ProblemError, log_fault, problem_of
 from serving.web.schemas import EncodeAnswer, EncodeParameters, Parameters, TokenizeAnswer, TokenizeParameters
@@ -26,7 +27,7 @@ from serving.web.scopes import needs
 from serving.web.service import Service, service_of
 from serving.web.waiting import while_wanted
 
-router = APIRouter(tags=["clips"])
+router = APIRouter(tags=["clips"], route_class=LeanRoute)
 HEAD = 4096
 """Bytes by which content is recognised."""
 TheService = Annotated[Service, Depends(service_of)]

@@ -17,6 +17,7 @@ from serving.engine.deployment import Deployment
 from serving.engine.work import MAX_NUMBERS, SMALL, each_clip
 from serving.settings import ServeSettings
 from serving.web.answers import ARROW, JSON, NPZ, PIECE, answer, negotiate
+from serving.web.lean import LeanRoute
 from serving.web.npz import read_npz
 from serving.web.openapi import problems
 from serving.web.problems import ProblemError
@@ -25,7 +26,7 @@ from serving.web.scopes import needs
 from serving.web.service import Service, service_of
 from serving.web.waiting import while_wanted
 
-router = APIRouter(tags=["codes"])
+router = APIRouter(tags=["codes"], route_class=LeanRoute)
 MAX_JSON = 2 * 1024 * 1024
 """Bytes of a JSON body; parsing it stops everything else for as long as it takes (2 MB: 30 ms)."""
 Codes = npt.NDArray[np.int64]
