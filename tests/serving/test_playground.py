@@ -66,6 +66,13 @@ def wait(browser: webdriver.Chrome, words: str) -> None:
     WebDriverWait(browser, 60).until(lambda b: words in status_of(b), f"the status stayed {status_of(browser)!r}")
 
 
+def told_in(browser: webdriver.Chrome, name: str, words: str) -> str:
+    """What an element says, once it says `words`."""
+    element = browser.find_element(By.ID, name)
+    WebDriverWait(browser, 30).until(lambda _: words in element.text)
+    return element.text
+
+
 def tokenize(browser: webdriver.Chrome, server: Server, path: Path) -> None:
     browser.get(server.url + "/")
     WebDriverWait(browser, 30).until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#model option")) == 4)
@@ -97,7 +104,7 @@ def test_a_file_shows_its_picture_and_a_layer_for_each_codebook(
     colours += "return new Set(Array.from({length: d.length / 4}, (_, i) => d.slice(4 * i, 4 * i + 3).join())).size"
     for book, layer in enumerate(layers):
         different = len(stream.codes[:, book].unique())
-        assert layer.get_attribute("aria-label") == f"Codebook {book}: {different} different codes"
+        assert layer.get_attribute("aria-label") == f"Codebook {book + 1}: {different} different codes"
         assert 0.5 * different <= browser.execute_script(colours, layer) <= different
 
     browser.find_element(By.CSS_SELECTOR, "[data-copy=codes]").click()
@@ -122,10 +129,10 @@ def test_everything_is_reached_and_worked_by_keyboard(
     tokenize(browser, all_three, path)
     reached = []
     ActionChains(browser).send_keys(Keys.TAB).perform()
-    for _ in range(25):
+    for _ in range(40):
         active = browser.switch_to.active_element
         reached.append(active.get_attribute("id") or active.get_attribute("data-copy"))
-        named = "return arguments[0].labels?.length > 0 || arguments[0].textContent.trim().length > 0"
+        named = "const e = arguments[0]; return e.labels?.length > 0 || e.ariaLabel || e.textContent.trim().length > 0"
         assert browser.execute_script(named, active), reached[-1]
         if active.get_attribute("id") == "scrub":
             before = browser.find_element(By.ID, "here").text
@@ -134,6 +141,19 @@ def test_everything_is_reached_and_worked_by_keyboard(
             assert after != before
             assert "codebook 1: " + " ".join(str(int(code)) for code in codes[16:24, 0]) in after
             assert active.get_attribute("aria-valuetext").endswith(" s")
+        if active.tag_name == "canvas" and not browser.find_elements(By.CLASS_NAME, "found"):
+            active.send_keys(Keys.ENTER)
+            code = int(codes[0, 0])
+            count = int((codes[:, 0] == code).sum())
+            told = browser.find_element(By.ID, "places").text
+            assert told.startswith(f"Code {code} of codebook 1: {count} of {len(codes)} places, at 0.00")
+            assert browser.find_element(By.ID, "hear").is_displayed()
+        if active.get_attribute("id") == "coarse":
+            active.send_keys(Keys.ARROW_LEFT)
+            told = told_in(browser, "coarse-said", "3 of 4 codebooks")
+            assert 0 < float(told.split(": ")[1].split(" %")[0]) < 200
+            active.send_keys(Keys.ARROW_RIGHT)
+            told_in(browser, "coarse-said", "4 of 4 codebooks: 0.0 %")
         if active.get_attribute("id") == "book-0":
             active.send_keys(Keys.SPACE)
             assert not browser.find_element(By.ID, "layer-0").is_displayed()
@@ -162,6 +182,37 @@ def test_everything_is_reached_and_worked_by_keyboard(
     assert wanted <= set(reached)
     Select(browser.find_element(By.ID, "model")).select_by_value("image-test")
     wait(browser, "No loaded model takes this kind of content")
+
+
+def test_sound_plays_with_the_cursor_and_two_files_are_compared(
+    browser: webdriver.Chrome, all_three: Server, tmp_path: Path
+) -> None:
+    first, second = sample_files("audio", ("flac",), 20)[:2]
+    for name, content in (("first.flac", first), ("second.flac", second)):
+        (tmp_path / name).write_bytes(content)
+    tokenize(browser, all_three, tmp_path / "first.flac")
+    player = browser.find_element(By.ID, "player")
+    assert player.is_displayed()
+    browser.execute_script("arguments[0].muted = true; return arguments[0].play()", player)
+    scrub = browser.find_element(By.ID, "scrub")
+    WebDriverWait(browser, 30).until(lambda _: int(scrub.get_property("value")) > 0)  # type: ignore[arg-type]
+    browser.find_element(By.ID, "other").send_keys(str(tmp_path / "first.flac"))
+    common = browser.find_element(By.ID, "common")
+    WebDriverWait(browser, 30).until(lambda _: "first.flac" in common.text)
+    assert common.text.count("100 %") == 4
+    browser.find_element(By.ID, "other").send_keys(str(tmp_path / "second.flac"))
+    WebDriverWait(browser, 30).until(lambda _: "second.flac" in common.text)
+    browser.set_window_size(420, 900)
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    if folder := os.environ.get("BRIDLE_SCREENSHOTS"):
+        browser.find_element(By.CSS_SELECTOR, "#layers canvas").click()
+        for scheme in ("light", "dark"):
+            media = [{"name": "prefers-color-scheme", "value": scheme}]
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})  # type: ignore[no-untyped-call]
+            for name, width in (("phone", 420), ("wide", 1100)):
+                browser.set_window_size(width, 1500)
+                browser.save_screenshot(f"{folder}/playground-{scheme}-{name}.png")
+    browser.set_window_size(1100, 1300)
 
 
 DROP = """

@@ -96,6 +96,7 @@ function show(name) {
   by("scrub").max = String((timed ? steps : perStep) - 1);
   by("scrub").value = "0";
   by("result").hidden = false;
+  ready();
   scrub();
   say(`Done: ${clip.codes[0].length} positions in ${clip.codebooks} codebooks.`);
 }
