@@ -45,6 +45,11 @@ ROOMS = {
         ("bridle/training/phases.py", "bridle/training/joint.py", "bridle/training/clips.py"),
         ("tests/training/test_phases.py", "tests/modeling/test_padding.py", "tests/training/test_joint.py"),
     ),
+    "service": Room(
+        tuple(f"serving/web/{name}.py" for name in ("admission", "keys", "npz", "uploads"))
+        + ("serving/engine/batching.py",),
+        tuple(f"tests/serving/test_{name}.py" for name in ("fair_parts", "batching", "door_parts")),
+    ),
     "health": Room(("bridle/evaluation/health.py",), ("tests/evaluation/test_health.py",)),
 }
 

@@ -49,7 +49,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     microphone = ("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")  # beeps, and needs no click
     offline = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
     plain = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1100,1300")
-    for word in (*plain, *offline, *microphone):
+    gesture = ("--autoplay-policy=no-user-gesture-required",)
+    for word in (*plain, *offline, *microphone, *gesture):
         options.add_argument(word)
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
