@@ -46,8 +46,10 @@ ROOMS = {
         ("tests/training/test_phases.py", "tests/modeling/test_padding.py", "tests/training/test_joint.py"),
     ),
     "service": Room(
-        tuple(f"serving/web/{name}.py" for name in ("admission", "keys", "npz", "uploads"))
-        + ("serving/engine/batching.py",),
+        (
+            *(f"serving/web/{name}.py" for name in ("admission", "keys", "npz", "uploads")),
+            "serving/engine/batching.py",
+        ),
         tuple(f"tests/serving/test_{name}.py" for name in ("fair_parts", "batching", "door_parts")),
     ),
     "health": Room(("bridle/evaluation/health.py",), ("tests/evaluation/test_health.py",)),
