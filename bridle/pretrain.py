@@ -68,6 +68,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when the run is done, 75 when it was asked to stop, 2 on a wrong argument or a run folder in use, 1 on
     failure; see docs/training.md, "Exit codes"."""
+    # A script's folder stands first on the path, where bridle/ray.py would be taken for Ray by whoever imports that.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -119,6 +119,7 @@ def run_job(state: State, source: ModelSource, actors: int | None = None, num_gp
     missing = state.missing
     if missing:
         ray.init(ignore_reinit_error=True, log_to_driver=False)
+        ray.data.DataContext.get_current().enable_progress_bars = False  # the command has its own
         units = ray.data.from_items([{"unit": unit} for unit in missing], override_num_blocks=len(missing))
         rows = units.map(
             cast(Any, _Unit),

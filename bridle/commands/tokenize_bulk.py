@@ -112,7 +112,8 @@ def _tokenize(args: argparse.Namespace, model: Any, rank: int, world: int, local
         raise RecipeError("INPUT: give shards, files or a folder to tokenize")
     if not 0 <= args.max_corrupt <= 1 or not args.lease > 0:
         raise RecipeError("--max-corrupt is a share from 0 to 1, --lease a number of seconds above 0")
-    logging.basicConfig(format="bridle tokenize: %(message)s", level=logging.INFO)
+    logging.basicConfig(format="bridle tokenize: %(message)s")
+    logging.getLogger("bridle").setLevel(logging.INFO)
     prepared = prepare(model, args.inputs, args.out, _settings(args))
     state = State(prepared, args.max_corrupt)
     watch = _Watch(state, args.metrics_port + local if args.metrics_port else 0)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from bridle.model_folder import BridleModel
 from bridle.tokens.bulk import Prepared
+from bridle.tokens.claims import FOLDER as CLAIMS
 from bridle.tokens.claims import Claims
 from bridle.tokens.engine import Engine, Finished
 from bridle.tokens.formats import DATA, write_unit
@@ -72,7 +73,7 @@ class Job:
                         log.info("waiting for %d units that other processes are at", len(self.state.missing))
                         waited = True
                     time.sleep(POLL_SECONDS)
-        for folder in (DATA, PARTS):
+        for folder in (DATA, PARTS, CLAIMS):
             self.prepared.store.sweep(folder, self.lease_s)
         return self.state.in_order()
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import random
+import shutil
+import socket
 import time
 from pathlib import Path
 
 import pytest
+import requests
 from bulk_process import start
 from corpus_inputs import sample_media, write_tar
 
@@ -89,7 +93,7 @@ def test_killed_at_random_moments_and_one_rank_lost_for_good(
     assert hashes(out) == hashes(undisturbed)
     keys = [row.key for row in Corpus(str(out))]
     assert sorted(keys) == sorted(f"k{shard:02d}-{i}" for shard in range(SHARDS) for i in range(SAMPLES))
-    assert not list((out / "claims").iterdir())
+    assert not list((out / "claims").glob("*.json"))
 
 
 def test_what_a_silent_machine_claimed_is_taken_over_after_its_lease(
@@ -104,6 +108,29 @@ def test_what_a_silent_machine_claimed_is_taken_over_after_its_lease(
     assert main(command(models["audio"], many[:3], out, 0, "--lease", "1.5")) == 0
     assert time.monotonic() - began > 1.5
     assert hashes(out) == hashes(expected)
+
+
+def test_prometheus_says_how_far_a_job_is(models: dict[str, Path], many: list[Path], tmp_path: Path) -> None:
+    """The last shard is another machine's, so that the job waits, and can be asked."""
+    out, expected = tmp_path / "out", tmp_path / "expected"
+    assert main(command(models["audio"], many[:2], expected, 0)) == 0
+    name = next(path.stem for path in (expected / "parts").iterdir() if path.stem.startswith("s01"))
+    Store(str(out)).put_json(f"claims/{name}.json", {"host": "elsewhere"})
+    assert main(command(models["audio"], many[:1], tmp_path / "other", 0)) == 0
+    shutil.copy(tmp_path / "other" / "job.json", out / "job.json")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = start(command(models["audio"], many[:2], out, 0, "--lease", "600", "--metrics-port", str(port)))
+    text = ""
+    while process.is_alive() and "bridle_tokenize_job_outputs_done 1.0" not in text:
+        with contextlib.suppress(requests.ConnectionError):
+            text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
+        time.sleep(0.1)
+    process.kill()
+    process.join()
+    for line in ("job_outputs 2.0", f"job_samples {2.0 * SAMPLES}", f"samples_total {SAMPLES}.0", "outputs_total 1.0"):
+        assert f"bridle_tokenize_{line}" in text
 
 
 def test_what_killed_writers_left_goes_with_the_next_run(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from corpus_inputs import sample_media, write_tar
 
@@ -44,17 +45,17 @@ def hashes(out: Path) -> dict[str, str]:
 
 
 def kill_an_actor(parts: Path, killed: list[int]) -> None:
-    """As soon as an output is there, kills the process of an actor that works."""
-    from ray.util.state import list_actors
-
-    deadline = time.monotonic() + 120
+    """As soon as an output is there, kills the process of an actor of this cluster that does units."""
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline and not killed:
         if list(parts.glob("*.json")):
-            for actor in list_actors(filters=[("state", "=", "ALIVE")]):
-                if actor.pid and "MapWorker" in actor.class_name:
-                    os.kill(actor.pid, signal.SIGKILL)
-                    killed.append(actor.pid)
-                    break
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    title = " ".join(process.cmdline())
+                    if title.startswith("ray::") and "_Unit" in title:
+                        process.kill()
+                        killed.append(process.pid)
+                        break
         time.sleep(0.02)
 
 
