@@ -183,3 +183,9 @@ def test_help_speaks_of_settings_not_of_types() -> None:
     for word in ("<class", "typing.", "Ellipsis", "FieldInfo", "Literal"):
         assert word not in done.stdout
     assert "One of float32, bfloat16." in " ".join(done.stdout.split())
+
+
+def test_a_service_without_a_home_says_nothing_that_is_no_log_line(tmp_path: Path, audio_folder: Path) -> None:
+    """As in a container with a read-only root; `lines` refuses whatever a library would say of its cache."""
+    with serving(tmp_path, audio_folder, env={"HOME": "/dev/null/home", "XDG_CACHE_HOME": ""}) as server:
+        assert "ready" in {line["event"] for line in server.lines()}
