@@ -62,6 +62,7 @@ def audio_cases() -> Iterator[Case]:
     for format_name, read in by_format.items():
         files = [_encode(sound, format_name) for sound in sounds]
         yield Case(f"audio, 10 s {format_name}", files, whole_path, *with_library(read))
+    yield Case("audio, 10 s opus, 8 ch", [_surround(sound) for sound in sounds], whole_path, *with_library(_packed))
     for format_name in ("flac", "ogg"):
         files = [data for name, data in recordings.items() if name.endswith(format_name)]
         yield Case(f"audio, shipped {format_name}", files, whole_path, *with_library(by_format[format_name]))
@@ -76,6 +77,29 @@ def _pyav(data: bytes) -> tuple[np.ndarray, int]:
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.audio[0]
         return np.concatenate([frame.to_ndarray() for frame in container.decode(stream)], axis=1), stream.rate
+
+
+def _packed(data: bytes) -> tuple[np.ndarray, int]:
+    """Without a look at the planes of a frame, which PyAV reads past the end of where there are 8."""
+    packer = av.AudioResampler(format="flt")
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.audio[0]
+        parts = [part.to_ndarray() for frame in container.decode(stream) for part in packer.resample(frame)]
+        return np.concatenate(parts, axis=1).reshape(-1, stream.channels).T, stream.rate
+
+
+def _surround(sound: np.ndarray, rate: int = 48_000) -> bytes:
+    target = io.BytesIO()
+    channels = np.concatenate([np.roll(sound, 99 * i, axis=1) for i in range(4)])  # played a little fast
+    with av.open(target, "w", format="ogg") as output:
+        stream = output.add_stream("libopus", rate=rate, layout="7.1", options={"mapping_family": "1"})
+        for first in range(0, channels.shape[1], 960):
+            packed = np.ascontiguousarray(channels[:, first : first + 960].T).reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(packed, format="s16", layout="7.1")
+            frame.sample_rate, frame.pts = rate, first
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return target.getvalue()
 
 
 def _kaldi_clip(channels: np.ndarray, rate: int) -> torch.Tensor:

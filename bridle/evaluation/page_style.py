@@ -31,7 +31,7 @@ audio { display: block; width: 100%; height: 2.5rem; margin: 0.25rem 0 0.75rem; 
 pre { font-size: 0.8rem; overflow-x: auto; } summary { cursor: pointer; }
 @media (max-width: 40rem) {
   body { padding: 1.25rem 0.9rem 3rem; }
-  .tiles { grid-template-columns: 1fr; }
+  .tiles { grid-template-columns: repeat(var(--narrow), 1fr); }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 0.4rem; }
 }
 """.strip()

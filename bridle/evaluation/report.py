@@ -265,7 +265,7 @@ def _clips(report: Report) -> str:
         height, width, _ = clip.tiles[0].pixels.shape
         columns = 3 if width < 1.5 * height else 2 if width < 3 * height else 1
         tiles = "".join(_tile(tile) for tile in clip.tiles)
-        tiles = f'<div class="tiles" style="--columns: {columns}">{tiles}</div>'
+        tiles = f'<div class="tiles" style="--columns: {columns}; --narrow: {1 + columns // 3}">{tiles}</div>'
         parts.append(f"<h3>{escape(clip.name)}</h3>{_player(clip)}{tiles}")
     return "\n".join(parts)
 

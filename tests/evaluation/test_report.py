@@ -17,7 +17,7 @@ from PIL import Image
 import bridle
 from bridle.cli import main
 from bridle.data.shards import open_shards
-from bridle.evaluation.palette import CODES, code_colours
+from bridle.evaluation.palette import BLUE, DARK, ORANGE, RANGE, STEPS, code_colours
 
 
 class Page(HTMLParser):
@@ -154,10 +154,10 @@ def test_page_has_usage_and_norms_of_each_codebook(finished: Page, tiny_run: Pat
 
 def test_the_playground_and_the_report_share_their_colours() -> None:
     script = (Path(bridle.__file__).parents[1] / "serving/web/playground/playground.js").read_text()
-    assert "const CODES = [" + ", ".join(f'"{colour}"' for colour in CODES) + "];" in script
-    seen = code_colours(np.arange(64)).astype(float)
-    # As somebody without red receptors sees them (Viénot et al., 1999): lightness alone tells neighbours apart.
-    lightness = seen @ [0.2126, 0.7152, 0.0722]
+    assert f"const [DARK, RANGE, ORANGE, BLUE] = [{DARK}, {RANGE}, {ORANGE}, {BLUE}];" in script
+    assert all(f"(code * {step}) % 1" in script for step in STEPS)
+    # Lightness alone, which everybody sees, tells neighbouring codes apart.
+    lightness = code_colours(np.arange(64)).astype(float) @ [0.2126, 0.7152, 0.0722]
     assert np.abs(np.diff(lightness)).min() > 40
 
 

@@ -101,15 +101,13 @@ function show(name) {
   say(`Done: ${clip.codes[0].length} positions in ${clip.codebooks} codebooks.`);
 }
 
-// As bridle/evaluation/palette.py has them: cividis, which looks alike with and without red-green blindness.
-const CODES = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
-const ANCHORS = CODES.map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
+// As bridle/evaluation/palette.py has it: dark to light, blue to orange, which all kinds of colour vision tell apart.
+const [DARK, RANGE, ORANGE, BLUE] = [24, 212, 70, 110];
 
 function colour(code) {
-  const place = (code * 0.618034) % 1 * (CODES.length - 1), below = Math.floor(place), share = place - below;
-  const full = ANCHORS[below].map((from, i) => from * (1 - share) + ANCHORS[below + 1][i] * share);
-  const grey = 0.2126 * full[0] + 0.7152 * full[1] + 0.0722 * full[2], paler = (code * 0.7548777) % 1 * 1.5;
-  return `rgb(${full.map((part) => Math.floor(Math.min(Math.max(part * (1 - paler) + grey * paler, 0), 255) + 0.5)).join(" ")})`;
+  const light = DARK + RANGE * ((code * 0.618034) % 1), warm = 2 * ((code * 0.7548777) % 1) - 1;
+  const parts = [light + ORANGE * warm, light, light - BLUE * warm];
+  return `rgb(${parts.map((part) => Math.floor(Math.min(Math.max(part, 0), 255) + 0.5)).join(" ")})`;
 }
 
 function drawLayers() {
