@@ -148,6 +148,7 @@ class PretrainingRun:
             keeper.deliver()
             raise
         except Exception as error:
+            self.watchdog.close()
             self._note_end("lost another rank" if is_lost_peer(error) else " ".join(str(error).split()), failed=True)
             raise
         finally:

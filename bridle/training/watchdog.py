@@ -53,19 +53,22 @@ class Watchdog:
     def __init__(self, ranks: Ranks, timeout: float, folder: Path, ending: Callable[[str], None]) -> None:
         self.ranks, self.timeout, self.folder, self.ending = ranks, timeout, folder, ending
         self.passed, self.place, self._since = 0, "the start", time.monotonic()
-        self._over, self._alarmed = threading.Event(), threading.Event()
+        self._over, self._alarmed, self._ending = threading.Event(), threading.Event(), threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="bridle-watchdog", daemon=True)
 
     def start(self) -> Watchdog:
         """Begins to watch."""
         self.ranks.when_well.append(self.wait_longer)
-        threading.Thread(target=self._watch, name="bridle-watchdog", daemon=True).start()
+        self._watcher.start()
         if self.ranks.world > 1:
             threading.Thread(target=self._listen, name="bridle-alarm", daemon=True).start()
         return self
 
     def close(self) -> None:
-        """Stops watching."""
+        """Stops watching. Where it is ending this process already, peers may be gone first: it has the last word."""
         self._over.set()
+        if self._ending.is_set():
+            self._watcher.join()
 
     @property
     def waited(self) -> float:
@@ -99,6 +102,7 @@ class Watchdog:
                     self._alarmed.set()
 
     def _end(self) -> None:
+        self._ending.set()
         mine = Report(self.ranks.rank, self.passed, self.place, self.waited, stacks())
         reports = {mine.rank: mine}
         # In a thread: a store whose server is stopped does not answer, nor say so.

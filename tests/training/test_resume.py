@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -49,6 +50,20 @@ def test_a_finished_run_is_left_alone(undisturbed):
     done = pretrain(undisturbed)
     assert "done" in done.stdout
     assert before == {path: path.read_bytes() for path in sorted(undisturbed.rglob("*.safetensors"))}
+
+
+def test_a_model_that_a_finished_phase_stands_for_is_written_where_it_is_missing_or_torn(undisturbed, tmp_path):
+    """As after a kill between the end of a phase and its export: a start checks what it claims."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(run / "models/final")
+    torn = run / "models/iteration-1/model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    done = pretrain(run)
+    assert "from step" not in done.stdout
+    for name in ("models/final", "models/iteration-1"):
+        ours, theirs = run / name / "model.safetensors", undisturbed / name / "model.safetensors"
+        assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_another_recipe_in_the_same_folder_is_refused(undisturbed):
