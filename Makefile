@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | clean | lock | mutants | lock-cpu | dashboards. Each does all the set-up it needs; needs Python >= 3.11 and a C compiler.
+# make setup | demo | test | test-fast | lint | clean | lock | mutants | lock-cpu | dashboards. Each does all the set-up it needs; needs Python >= 3.11 and a C compiler.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 LAUNCHER = "/^\\[[0-9-]+ [0-9:,]+\\] \\[(INFO|WARNING)\\]/ {print > file; next} {print; fflush()}"
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint ruff format-check types clean lock mutants lock-cpu dashboards
+.PHONY: setup demo test test-fast lint ruff format-check types clean lock mutants lock-cpu dashboards
 
 setup: $(INSTALLED)
 
@@ -46,6 +46,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Without the tests that take over 20 seconds.
+test-fast: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not slow'
 
 lint: ruff format-check types
 
