@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -98,8 +99,13 @@ class PhaseCheckpoints:
         return target
 
     def _remove(self, steps: list[Path]) -> None:
-        """Removes checkpoints, and what processes left that were killed while they wrote one."""
-        for folder in [*steps, *self.folder.glob(".*.partial"), *self.folder.glob(".*.old")]:
+        """Removes checkpoints, and what processes left that were killed while they wrote or removed one.
+
+        They are hidden first: a kill half way leaves nothing that looks like a checkpoint and is torn.
+        """
+        for folder in steps:
+            folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old"))
+        for folder in [*self.folder.glob(".*.partial"), *self.folder.glob(".*.old")]:
             shutil.rmtree(folder)
 
     def restore(self, engine: Any, step: int, ranks: Ranks) -> Position:
