@@ -25,6 +25,7 @@ COMMANDS = (
     "pack",
     "corpus",
     "codebooks",
+    "probe",
     "report",
     "status",
     "fetch-model",

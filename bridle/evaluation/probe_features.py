@@ -1,0 +1,239 @@
+"""What a probe reads of each file: the model's features, pooled over the content of all windows, and the controls'."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bridle.config import DecoderSettings, ModelSettings
+from bridle.evaluation.codebooks import Skipped, Window, Windows
+from bridle.model_folder import BridleModel, patch_shape
+from bridle.modeling.bridle import Components
+
+CONTROL_SEEDS = (910_001, 910_002, 910_003)
+"""Of the controls' weights; a control's score is the mean over them."""
+FIRST_FILES = 64
+"""At most so many files, evenly spread, give the cold start its codebooks."""
+FIRST_LATENTS = 32_768
+BATCH = 8
+"""Windows per forward pass."""
+GRID = 4
+"""Side of the coarse picture in the pixels' statistics."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One number vector a file.
+
+    copies: float32 ``[n, D]`` each: one of a model, one a seed of a control. scaled: whether columns are put in units
+    of their deviations before they are read; histograms are not, as that would raise the noise of rare codes.
+    """
+
+    name: str
+    copies: list[Tensor]
+    scaled: bool = True
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A feature, the control it should beat, and whether that is one of the claims told in words."""
+
+    feature: str
+    control: str
+    told: bool
+
+
+class NumberedWindows(torch.utils.data.IterableDataset[tuple[int, Window | Skipped]]):
+    """The windows of chosen files, each with the number of its file; loader processes share the files out."""
+
+    def __init__(self, windows: Windows, files: Sequence[int]) -> None:
+        self.windows, self.files = windows, files
+
+    def __iter__(self) -> Iterator[tuple[int, Window | Skipped]]:
+        worker = torch.utils.data.get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for index in self.files[first::step]:
+            for item in self.windows.of(index):
+                yield index, item
+
+
+@dataclass
+class _Pool:
+    """Sums over a file's content, of one model: float64 ``[2 D]``, float32 ``[M K]`` and float32 ``[d]``."""
+
+    positions: int = 0
+    sums: Tensor | float = 0.0
+    counts: Tensor | float = 0.0
+    latents: Tensor | float = 0.0
+
+
+@dataclass
+class _File:
+    pools: list[_Pool]
+    windows: int = 0
+    statistics: Tensor | float = 0.0
+
+
+@dataclass
+class Pooled:
+    """Features of the files that could be read. files: their numbers, in order; skipped: what could not be, and why."""
+
+    files: list[int]
+    features: list[Feature]
+    skipped: list[str] = field(default_factory=list)
+
+
+def control_models(model: BridleModel, windows: Windows, files: Sequence[int]) -> list[BridleModel]:
+    """One control a seed: the model's encoder with random weights, and the cold start's tokenizer.
+
+    The tokenizer is a random projection with the model's quantizer settings, its codebooks made, as a run begins, from
+    the content of some of `files`, which should be those that the readers learn from.
+
+    Raises:
+        ValueError: none of them can be decoded.
+    """
+    settings = ModelSettings(
+        encoder=model.config.encoder,
+        decoder=DecoderSettings(width=model.config.encoder.width, depth=1, heads=model.config.encoder.heads),
+        quantizer=model.config.quantizer,
+    )
+    components = Components(settings, patch_shape(model.modality))
+    some = files[:: max(1, -(-len(files) // FIRST_FILES))]
+    shown = [item for _, item in NumberedWindows(windows, some) if isinstance(item, Window)]
+    if not shown:
+        raise ValueError(f"none of the first {len(some)} files could be decoded as {model.config.modality}")
+    controls = []
+    for seed in CONTROL_SEEDS:
+        tokenizer = components.cold_start_tokenizer(seed)
+        with torch.inference_mode():
+            found = [tokenizer.latents(item.values[None])[0, : item.positions] for item in shown]
+        latents = torch.cat(found)
+        latents = latents[:: max(1, -(-len(latents) // FIRST_LATENTS))].clone()
+        tokenizer.quantizer.initialize(latents, torch.Generator().manual_seed(seed))
+        dtype = model.encoder.embed.weight.dtype
+        encoder = components.encoder(seed).to(device=model.device, dtype=dtype)
+        placed = tokenizer.to(device=model.device, dtype=dtype)
+        controls.append(BridleModel(model.config, model.modality, encoder, placed, digest=""))
+    return controls
+
+
+@torch.inference_mode()
+def pooled(
+    model: BridleModel, controls: Sequence[BridleModel], items: Iterable[tuple[int, Window | Skipped]]
+) -> Pooled:
+    """The features of every file whose windows come, of the model, the controls and the values themselves.
+
+    Raises:
+        ValueError: no window could be read.
+    """
+    models = [model, *controls]
+    files: dict[int, _File] = {}
+    skipped: list[str] = []
+    batch: list[tuple[int, Window]] = []
+
+    def flush() -> None:
+        values, positions = torch.stack([item.values for _, item in batch]), [item.positions for _, item in batch]
+        for number, each in enumerate(models):
+            _add(each, values, positions, [files[index].pools[number] for index, _ in batch])
+        batch.clear()
+
+    for index, item in items:
+        if isinstance(item, Skipped):
+            skipped.append(item.reason)
+            continue
+        file = files.setdefault(index, _File([_Pool() for _ in models]))
+        file.windows += 1
+        file.statistics = file.statistics + _statistics(model, item)
+        batch.append((index, item))
+        if len(batch) == BATCH:
+            flush()
+    if batch:
+        flush()
+    if not files:
+        raise ValueError(f"none of {len(skipped)} files could be read; the first: {(skipped or ['no file'])[0]}")
+    numbers = sorted(files)
+    return Pooled(numbers, _features(model, [files[number] for number in numbers]), skipped)
+
+
+def _add(model: BridleModel, values: Tensor, positions: list[int], pools: list[_Pool]) -> None:
+    embeddings, codes = model.embed(values, positions).cpu(), model.codes(values, positions).cpu()
+    quantizer = model.config.quantizer
+    shift = quantizer.codebook_size * torch.arange(quantizer.codebooks)
+    for count, embedded, coded, pool in zip(positions, embeddings, codes, pools, strict=True):
+        content, kept = embedded[:count].double(), coded[:count]
+        pool.positions += count
+        pool.sums = pool.sums + torch.cat([content.sum(0), content.square().sum(0)])
+        histogram = torch.bincount((kept + shift).flatten(), minlength=quantizer.codebooks * quantizer.codebook_size)
+        pool.counts = pool.counts + histogram.float()
+        pool.latents = pool.latents + model.dequantize(kept).cpu().sum(0)
+
+
+def _statistics(model: BridleModel, window: Window) -> Tensor:
+    """float64 ``[S]`` of a window's values: of each mel band, or of each channel with a coarse picture beside."""
+    values, patch = window.values.double(), model.modality.patch
+    if model.modality.axes[0] == "time":
+        per_step = values[0, 0].numel() // math.prod(patch[1:])
+        values = values[:, : max(1, window.positions // per_step) * patch[0]]
+    if model.modality.axes[-1] == "frequency":
+        return torch.cat([values[0].mean(0), values[0].std(0, correction=0)])
+    flat = values.flatten(1)
+    picture = values.mean(1) if values.ndim > 3 else values
+    coarse = functional.adaptive_avg_pool2d(picture, (GRID, GRID))
+    return torch.cat([flat.mean(1), flat.std(1, correction=0), coarse.flatten()])
+
+
+def statistics_name(model: BridleModel) -> str:
+    """What the statistics of the values are called."""
+    return "log-mel statistics" if model.modality.axes[-1] == "frequency" else "pixel statistics"
+
+
+def _features(model: BridleModel, files: list[_File]) -> list[Feature]:
+    own = _of([[file.pools[0] for file in files]], model, "encoder", "codes", "latents")
+    others = [[file.pools[number] for file in files] for number in range(1, len(files[0].pools))]
+    controls = _of(others, model, "random weights", "cold start codes", "cold start latents")
+    values = torch.stack([torch.as_tensor(file.statistics) / file.windows for file in files]).float()
+    return [*own, *controls, Feature(statistics_name(model), [values])]
+
+
+def _of(copies: list[list[_Pool]], model: BridleModel, encoder: str, codes: str, latents: str) -> list[Feature]:
+    """The features of one model or of several of different seeds, under these names."""
+    stages, size = model.config.quantizer.codebooks, model.config.quantizer.codebook_size
+    found: dict[str, Feature] = {}
+    for pools in copies:
+        count = torch.tensor([[float(pool.positions)] for pool in pools])
+        moments = torch.stack([torch.as_tensor(pool.sums) for pool in pools]) / count
+        mean, square = moments.chunk(2, dim=1)
+        deviation = (square - mean.square()).clamp(min=0).sqrt()
+        # Square roots: the distance of two histograms is Hellinger's.
+        shares = (torch.stack([torch.as_tensor(pool.counts) for pool in pools]) / count).sqrt()
+        each = [
+            Feature(f"{encoder} (mean)", [mean.float()]),
+            Feature(f"{encoder} (mean+std)", [torch.cat([mean, deviation], dim=1).float()]),
+            *(Feature(f"{codes} (depth {m})", [shares[:, : m * size]], scaled=False) for m in range(1, stages + 1)),
+            Feature(f"{latents} (mean)", [torch.stack([torch.as_tensor(pool.latents) for pool in pools]) / count]),
+        ]
+        for feature in each:
+            known = found.get(feature.name)
+            copies_so_far = [] if known is None else known.copies
+            found[feature.name] = dataclasses.replace(feature, copies=[*copies_so_far, *feature.copies])
+    return list(found.values())
+
+
+def comparisons(model: BridleModel) -> list[Comparison]:
+    """Each feature of the model with its counterpart, and the best of each kind with the values' statistics."""
+    stages, values = model.config.quantizer.codebooks, statistics_name(model)
+    return [
+        Comparison("encoder (mean)", "random weights (mean)", False),
+        Comparison("encoder (mean+std)", "random weights (mean+std)", True),
+        Comparison("encoder (mean+std)", values, True),
+        *(Comparison(f"codes (depth {m})", f"cold start codes (depth {m})", m == stages) for m in range(1, stages + 1)),
+        Comparison(f"codes (depth {stages})", values, True),
+        Comparison("latents (mean)", "cold start latents (mean)", True),
+        Comparison("latents (mean)", values, False),
+    ]
