@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -15,11 +16,14 @@ from bridle.config import DecoderSettings, ModelSettings
 from bridle.evaluation.codebooks import Skipped, Window, Windows
 from bridle.model_folder import BridleModel, patch_shape
 from bridle.modeling.bridle import Components
+from bridle.modeling.tokenizer import Tokenizer
 
 CONTROL_SEEDS = (910_001, 910_002, 910_003)
 """Of the controls' weights; a control's score is the mean over them."""
 FIRST_FILES = 64
 """At most so many files, evenly spread, give the cold start its codebooks."""
+FIRST_WINDOWS = 4
+"""At most so many windows of each of them."""
 FIRST_LATENTS = 32_768
 BATCH = 8
 """Windows per forward pass."""
@@ -104,23 +108,32 @@ def control_models(model: BridleModel, windows: Windows, files: Sequence[int]) -
         quantizer=model.config.quantizer,
     )
     components = Components(settings, patch_shape(model.modality))
-    some = files[:: max(1, -(-len(files) // FIRST_FILES))]
-    shown = [item for _, item in NumberedWindows(windows, some) if isinstance(item, Window)]
-    if not shown:
-        raise ValueError(f"none of the first {len(some)} files could be decoded as {model.config.modality}")
+    tokenizers = [components.cold_start_tokenizer(seed) for seed in CONTROL_SEEDS]
+    first = _first_latents(tokenizers, windows, files[:: max(1, -(-len(files) // FIRST_FILES))])
     controls = []
-    for seed in CONTROL_SEEDS:
-        tokenizer = components.cold_start_tokenizer(seed)
-        with torch.inference_mode():
-            found = [tokenizer.latents(item.values[None])[0, : item.positions] for item in shown]
-        latents = torch.cat(found)
-        latents = latents[:: max(1, -(-len(latents) // FIRST_LATENTS))].clone()
+    for seed, tokenizer, latents in zip(CONTROL_SEEDS, tokenizers, first, strict=True):
         tokenizer.quantizer.initialize(latents, torch.Generator().manual_seed(seed))
         dtype = model.encoder.embed.weight.dtype
         encoder = components.encoder(seed).to(device=model.device, dtype=dtype)
         placed = tokenizer.to(device=model.device, dtype=dtype)
         controls.append(BridleModel(model.config, model.modality, encoder, placed, digest=""))
     return controls
+
+
+@torch.no_grad()
+def _first_latents(tokenizers: Sequence[Tokenizer], windows: Windows, files: Sequence[int]) -> list[Tensor]:
+    """Latents ``[S, d]`` of each tokenizer, evenly spread over the content of the first windows of each file."""
+    most = max(1, FIRST_LATENTS // (len(files) * FIRST_WINDOWS))
+    found: list[list[Tensor]] = [[] for _ in tokenizers]
+    for index in files:
+        for item in islice(windows.of(index), FIRST_WINDOWS):
+            if isinstance(item, Window) and item.positions:
+                for tokenizer, latents in zip(tokenizers, found, strict=True):
+                    content = tokenizer.latents(item.values[None])[0, : item.positions]
+                    latents.append(content[:: -(-item.positions // most)].clone())
+    if not found[0]:
+        raise ValueError(f"none of the first {len(files)} files could be decoded as {windows.modality.name}")
+    return [torch.cat(latents) for latents in found]
 
 
 @torch.inference_mode()
@@ -130,7 +143,7 @@ def pooled(
     """The features of every file whose windows come, of the model, the controls and the values themselves.
 
     Raises:
-        ValueError: no window could be read.
+        ValueError: no window could be read, or the model gives values that are not finite.
     """
     models = [model, *controls]
     files: dict[int, _File] = {}
@@ -198,7 +211,13 @@ def _features(model: BridleModel, files: list[_File]) -> list[Feature]:
     others = [[file.pools[number] for file in files] for number in range(1, len(files[0].pools))]
     controls = _of(others, model, "random weights", "cold start codes", "cold start latents")
     values = torch.stack([torch.as_tensor(file.statistics) / file.windows for file in files]).float()
-    return [*own, *controls, Feature(statistics_name(model), [values])]
+    features = [*own, *controls, Feature(statistics_name(model), [values])]
+    for feature in features:
+        if not all(bool(copy.isfinite().all()) for copy in feature.copies):
+            raise ValueError(
+                f"{feature.name}: holds values that are not finite; is the model {model.config.name} damaged?"
+            )
+    return features
 
 
 def _of(copies: list[list[_Pool]], model: BridleModel, encoder: str, codes: str, latents: str) -> list[Feature]:

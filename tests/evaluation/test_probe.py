@@ -265,5 +265,9 @@ def test_too_few_classes_and_a_missing_model_are_said(
     shard = write_tar(tmp_path / "one.tar", {"a.wav": b"x", "a.cls": b"bell", "b.wav": b"x", "b.cls": b"drum"})
     assert main(["probe", str(model_folder), str(shard), "--labels", "cls"]) == 2
     assert "found bell (1), drum (1); a probe needs two classes or more, each in 2" in capsys.readouterr().err
+    files = {f"{i}.{kind}": (b"bell", b"drum")[i % 2] for i in range(6) for kind in ("wav", "cls")}
+    shard = write_tar(tmp_path / "two.tar", files)
+    assert main(["probe", str(model_folder), str(shard), "--labels", "cls"]) == 1
+    assert "none of the first 6 files could be decoded as audio" in capsys.readouterr().err
     assert main(["probe", str(tmp_path / "gone"), str(shard), "--labels", "cls"]) == 1
     assert "no config.json there" in capsys.readouterr().err
