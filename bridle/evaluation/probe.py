@@ -192,8 +192,8 @@ def figures(features: Sequence[Feature], compared: Sequence[Comparison], task: T
     """Scores of all features with intervals, and what each is above its control, as plain data.
 
     features: of the files that the task was made of. Intervals are of 95 %, over bootstrap draws of files (of groups,
-    where there are any) that are the same for a feature and its control, so that a difference is of pairs. The readers
-    are not fitted anew in each draw.
+    where there are any) that are the same for a feature and its control, so that a difference is of pairs; each draw
+    takes one seed of a control, so that luck with weights is in the interval. Readers are not fitted anew in each draw.
     """
     metrics = SEVERAL if task.several else SINGLE
     tested = task.tested
@@ -204,7 +204,7 @@ def figures(features: Sequence[Feature], compared: Sequence[Comparison], task: T
         for reader in READERS:
             for name, metric in metrics.items():
                 each = [metric(scores[reader][tested], targets, weights) for scores in read_copies]
-                drawn[feature.name, reader, name] = torch.stack(each).mean(0)
+                drawn[feature.name, reader, name] = _over_copies(torch.stack(each), seed)
     scores = [
         {
             "feature": feature.name,
@@ -230,6 +230,13 @@ def figures(features: Sequence[Feature], compared: Sequence[Comparison], task: T
         "scores": scores,
         "comparisons": differences,
     }
+
+
+def _over_copies(values: Tensor, seed: int) -> Tensor:
+    """float64 ``[R, 1 + B]`` of R copies to ``[1 + B]``: their mean over all files, and one of them in each draw."""
+    copies, count = values.shape
+    picked = torch.from_numpy(np.random.default_rng([seed, copies]).integers(copies, size=count - 1))
+    return torch.cat([values[:, :1].mean(0), values[picked, torch.arange(1, count)]])
 
 
 def _compared(

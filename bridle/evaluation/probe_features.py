@@ -18,8 +18,9 @@ from bridle.model_folder import BridleModel, patch_shape
 from bridle.modeling.bridle import Components
 from bridle.modeling.tokenizer import Tokenizer
 
-CONTROL_SEEDS = (910_001, 910_002, 910_003)
-"""Of the controls' weights; a control's score is the mean over them."""
+CONTROL_SEEDS = (910_001, 910_002, 910_003, 910_004, 910_005)
+"""Of the controls' weights; a control's score is the mean over them. One random encoder differs from the next by as
+much as one draw of a few hundred files from the next."""
 FIRST_FILES = 64
 """At most so many files, evenly spread, give the cold start its codebooks."""
 FIRST_WINDOWS = 4

@@ -23,7 +23,7 @@ def probe_page(found: Mapping[str, Any]) -> str:
         _facts(found),
         "<h2>Scores</h2>",
         f'<p class="quiet">{escape(metric)} with 95 % intervals over {found["tested"]} tested files; guessing scores'
-        f" {found['chance']:.3f}. A control's score is the mean over its seeds.</p>",
+        f" {found['chance']:.3f}. A control's score is the mean over its seeds; its interval spans them.</p>",
         _table(("feature", "numbers", *READERS), _score_rows(found)),
         "<h2>Above the controls</h2>",
         '<p class="quiet">Differences of pairs: both scored on the same draws of files.</p>',

@@ -162,6 +162,19 @@ def test_with_shuffled_labels_the_interval_contains_chance_and_nothing_is_claime
     assert found["word"] == "not told apart from"
 
 
+def test_a_model_that_is_one_lucky_draw_of_random_weights_is_not_said_to_be_above_them() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 50)
+    files = [Labelled(i, (str(label),), str(i)) for i, label in enumerate(labels)]
+    centres = np.eye(4)[labels] @ rng.normal(size=(4, 8))
+    made = [torch.from_numpy(k * centres + rng.normal(size=(200, 8))) for k in (0.2, 0.3, 0.4, 0.6, 0.7)]
+    features = [Feature("one", made[3:4]), Feature("all", made), Feature("worst", made[:1])]
+    compared = [Comparison("one", "all", True), Comparison("one", "worst", True)]
+    rows = figures(features, compared, make_task(files, None, 5, 0), 0)["comparisons"]
+    words = {row["control"]: row["word"] for row in rows if row["reader"] == "linear"}
+    assert words == {"all": "not told apart from", "worst": "above"}
+
+
 @pytest.fixture(scope="module")
 def two_pitches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 short sounds of low and high pitch in noise, three a group; one has no label, one is no sound."""
