@@ -27,7 +27,7 @@ def probe_page(found: Mapping[str, Any]) -> str:
         _table(("feature", "numbers", *READERS), _score_rows(found)),
         "<h2>Above the controls</h2>",
         '<p class="quiet">Differences of pairs: both scored on the same draws of files.</p>',
-        _table(("feature", "control", "reader", "feature's", "control's", "difference"), _pair_rows(found)),
+        _table(("feature", "control", "reader", "difference"), _pair_rows(found)),
         f'<p class="quiet">Written by bridle {escape(__version__)}.</p>',
     ]
     return (
@@ -54,12 +54,10 @@ def _score_rows(found: Mapping[str, Any]) -> Iterable[Sequence[str]]:
 
 def _pair_rows(found: Mapping[str, Any]) -> Iterable[Sequence[str]]:
     for row in found["comparisons"]:
-        figures = row[found["metric"]]
-        low, high = figures["difference"]["interval"]
-        yield (
-            row["feature"], f"{row['word']} {row['control']}", row["reader"], spelled(figures["feature"]),
-            spelled(figures["control"]), f"{figures['difference']['value']:+.3f} [{low:+.3f}, {high:+.3f}]",
-        )  # fmt: skip
+        difference = row[found["metric"]]["difference"]
+        low, high = difference["interval"]
+        spelled_out = f"{difference['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        yield row["feature"], f"{row['word']} {row['control']}", row["reader"], spelled_out
 
 
 def _facts(found: Mapping[str, Any]) -> str:
