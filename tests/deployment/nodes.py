@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from manifests import Manifest, Pods, environment_of, expanded
+from manifests import ROOT, Manifest, Pods, environment_of, expanded
 
 NODES = ("bridle-node-0", "bridle-node-1")
 ADDRESSES = ("10.73.0.2", "10.73.0.3")
@@ -135,7 +135,8 @@ class Cluster:
         with log.open("w") as out:
             process = in_node(
                 index, "unshare", "--mount", "--pid", "--fork", "--kill-child", sys.executable, "-c", ENTER,
-                *mounts(container), "--", *container["command"], *expanded(container["args"], dict(environment)),
+                str(ROOT), *mounts(container), "--", *container["command"],
+                *expanded(container["args"], dict(environment)),
                 env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", **environment},
                 stdout=out, stderr=subprocess.STDOUT,
             )  # fmt: skip
@@ -159,11 +160,12 @@ def mounts(container: Manifest) -> list[str]:
 ENTER = """
 import os, subprocess, sys
 cut = sys.argv.index("--")
-def mount(*words):
-    subprocess.run(["mount", *words], check=True)
+def mount(*words, **more):
+    subprocess.run(["mount", *words], check=True, **more)
+kept = {path: os.open(path, os.O_PATH) for path in (sys.argv[1], sys.prefix)}
 mount("--make-rprivate", "/")
 mount("-t", "proc", "proc", "/proc")
-for path in sys.argv[1:cut]:
+for path in sys.argv[2:cut]:
     there = path
     while not os.path.isdir(there):
         there = os.path.dirname(there)
@@ -171,6 +173,12 @@ for path in sys.argv[1:cut]:
     os.makedirs(path, exist_ok=True)
     if there != path:
         mount("-t", "tmpfs", "volume", path)
+for path, held in kept.items():
+    if not os.path.exists(path):  # a volume, such as /tmp, lies over the checkout
+        os.makedirs(path)
+        mount("--no-canonicalize", "--bind", f"/proc/self/fd/{held}", path, pass_fds=[held])
+        mount("-o", "remount,bind,ro", path)
+    os.close(held)
 mount("-o", "remount,bind,ro", "/")
 os.chdir("/tmp")
 os.execvp(sys.argv[cut + 1], sys.argv[cut + 1:])
