@@ -33,8 +33,9 @@ SHORT = [
 
 def documented(page: Path) -> list[str]:
     """The command lines of a page's blocks that are not in another language, without comments."""
-    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    blocks = re.findall(r"^```(\S*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    shell = [block for language, block in blocks if language in ("", "bash", "sh")]
+    lines = [line for block in shell for line in block.replace("\\\n", " ").splitlines()]
     return [re.sub(r"\s+# .*$", "", line).strip() for line in lines if OURS.match(line)]
 
 
