@@ -15,7 +15,7 @@ from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-
 
 from bridle.config import WEIGHTS
 from bridle.data import fetch
-from bridle.data.errors import ShardError
+from bridle.data.errors import ShardError, UnavailableError
 from bridle.settings import RecipeError, nearest
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,10 @@ def _remote(url: str, pattern: str) -> list[str]:
         raise ShardError(
             f"shards '{pattern}': a web server cannot be searched; write braces, for example {{0000..0099}}"
         )
-    return fetch.list_s3(url) or _nothing(pattern)
+    found = fetch.list_s3(url)
+    if not found:
+        raise UnavailableError(f"shards '{pattern}': matches nothing; check the bucket and the prefix")
+    return found
 
 
 def _local(path: str, pattern: str) -> list[str]:

@@ -72,8 +72,9 @@ ONE_RANK = {
         ({"RECIPE": "audoi"}, FAILS_AT_ONCE, "audoi"),
         ({"DATA": "s3://bridle/shards/train-*.tar"}, FAILS_AT_ONCE, "no S3 credentials found; set AWS_ACCESS_KEY_ID"),
         ({"DATA": "s3://birdle/shards/train-0.tar", **KEYS}, FAILS_AT_ONCE, "S3 answers NoSuchBucket"),
+        ({"DATA": "s3://bridle/shards/trian-*.tar", **KEYS}, FAILS_AT_ONCE, "trian-*.tar': matches nothing"),
     ],
-    ids=["recipe", "secret", "bucket"],
+    ids=["recipe", "secret", "bucket", "prefix"],
 )
 def test_a_training_pod_with_wrong_settings(
     changes: dict[str, str], code: int, said: str, endpoint: str, tmp_path: Path
