@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 NOWHERE = "/dev/null/home"
 SHOW = """
 from bridle.home import settle
@@ -21,7 +22,8 @@ print(default_folder(), matplotlib.get_cachedir(), os.environ["TORCHINDUCTOR_CAC
 
 
 def run(words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name not in {"XDG_CACHE_HOME", "MPLCONFIGDIR"}}
+    named = {"XDG_CACHE_HOME", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"}  # torch sets the last, in this very process
+    kept = {name: value for name, value in os.environ.items() if name not in named}
     return subprocess.run(
         words, env=kept | environment, cwd="/", capture_output=True, text=True, timeout=120, check=False
     )
@@ -65,7 +67,11 @@ def test_a_named_cache_that_cannot_be_written_is_refused_with_what_the_command_h
 
 
 def test_without_any_place_for_temporary_files_a_command_says_what_to_mount() -> None:
-    read_only = " && ".join(f"mount -t tmpfs -o ro tmpfs {folder}" for folder in ("/tmp", "/var/tmp"))
+    back = f'mkdir -p "{ROOT}" && mount --no-canonicalize --bind /proc/self/fd/9 "{ROOT}"'  # of a clone below /tmp
+    read_only = " && ".join([
+        f'exec 9<"{ROOT}"', "mount -t tmpfs tmpfs /tmp", "mount -t tmpfs tmpfs /var/tmp",
+        f'{{ [ -e "{ROOT}/bridle" ] || {{ {back}; }}; }}', "mount -o remount,ro /tmp", "mount -o remount,ro /var/tmp",
+    ])  # fmt: skip
     words = ["unshare", "--mount", "sh", "-c"]
     if run([*words, read_only]).returncode:
         pytest.skip("no mount namespace may be made here (unshare --mount), so /tmp cannot be made read-only")

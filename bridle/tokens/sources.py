@@ -223,7 +223,9 @@ def _with_unique_keys(samples: list[Planned]) -> list[Planned]:
 
 
 def _same_kind(one: str, other: str) -> bool:
-    return any(one in kind and other in kind for kind in (AUDIO, IMAGE, VIDEO))
+    """Whether two members are alternatives; a film beside a sound is another thing, though sound is read from films."""
+    kinds = [next((kind for kind in (VIDEO, IMAGE, AUDIO) if name in kind), None) for name in (one, other)]
+    return kinds[0] is kinds[1]
 
 
 def _plain(name: str) -> str:

@@ -108,7 +108,8 @@ class PretrainingRun:
         self.shards = self._open(recipe.data.mixture)
         self.heldout = self._open([DataSource(shards=recipe.data.heldout)]) if recipe.data.heldout else None
         check_joint(recipe, self.ds_config)
-        ranks.on_first(lambda: check_same_recipe(folder, recipe, any_data=allow_new_data or (folder / DATA).is_file()))
+        moved = (folder / DATA).is_file()
+        ranks.on_first(lambda: check_same_recipe(folder, recipe, other_names=moved, any_data=allow_new_data))
         if origin is not None:
             ranks.on_first(lambda: begin_from(origin, folder, recipe))
         self.begun_with = BegunWith(folder, self.shards, self.heldout, ranks, allow_new=allow_new_data)

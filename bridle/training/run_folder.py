@@ -101,8 +101,10 @@ def read_run_recipe(run: Path) -> Recipe:
     return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def check_same_recipe(run: Path, recipe: Recipe, any_data: bool = False) -> None:
-    """Refuses to go on with other science than the run began with; with `any_data`, not for names of shards.
+def check_same_recipe(run: Path, recipe: Recipe, *, other_names: bool = False, any_data: bool = False) -> None:
+    """Refuses to go on with other science than the run began with.
+
+    other_names: shards may be named otherwise, as their content is compared elsewhere; any_data: and weigh otherwise.
 
     Raises:
         RecipeError: names the first settings that differ.
@@ -111,7 +113,9 @@ def check_same_recipe(run: Path, recipe: Recipe, any_data: bool = False) -> None
         return
     before, now = flatten(read_run_recipe(run).model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    changed = [key for key in changed if key not in FREE_TO_CHANGE and not (any_data and key.startswith(DATA_NAMES))]
+    weighed = {key for key in before.keys() & now.keys() if key.endswith(".weight")}
+    data = {key for key in changed if key.startswith(DATA_NAMES) and (any_data or (other_names and key not in weighed))}
+    changed = [key for key in changed if key not in FREE_TO_CHANGE | data]
     if changed:
         shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in changed[:3])
         raise RecipeError(

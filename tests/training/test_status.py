@@ -25,14 +25,15 @@ def status(run: Path, *more: str) -> tuple[int, str]:
 @pytest.mark.slow
 def test_a_run_is_running_then_dead_then_stopped_then_finished(tmp_path):
     run = tmp_path / "run"
-    process = start(run, "train.log_every=1")
+    long_enough_to_be_asked = ["train.log_every=1", "phases.1.steps=300"]
+    process = start(run, *long_enough_to_be_asked)
     wait_for_rows(run, 5, process)
     code, said = status(run, "--json")
     assert code == 0, said
     found = json.loads(said)
     assert (found["state"], found["pid"]) == ("running", process.pid)
     assert found["train"]["step"] > 0
-    assert found["train"]["total_steps"] == 10
+    assert found["train"]["total_steps"] == 300
     assert found["seconds_left"] >= 0
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -40,7 +41,7 @@ def test_a_run_is_running_then_dead_then_stopped_then_finished(tmp_path):
     assert code == 5, said
     assert f"was held by process {process.pid}" in said
 
-    process = start(run, "train.log_every=1")
+    process = start(run, *long_enough_to_be_asked)
     wait_for_rows(run, 12, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75, output_of(run)
@@ -49,7 +50,7 @@ def test_a_run_is_running_then_dead_then_stopped_then_finished(tmp_path):
     assert "stopped by SIGTERM" in said
     assert "step-" in said
 
-    pretrain(run, "train.log_every=1")
+    pretrain(run, *long_enough_to_be_asked)
     code, said = status(run, "--watch")
     assert code == 3, said
     assert "4 of 4 finished" in said
