@@ -128,22 +128,27 @@ def supervise(ranks: dict[int, int]) -> int:
     As a container's first process it also collects whatever its ranks leave behind.
     """
     running, codes = dict(ranks), []
+    asked = failing = False
     kill_at = {signal.SIGTERM: float("inf"), signal.SIGKILL: float("inf")}
     while running:
         caught = signal.sigtimedwait({*PASSED_ON, signal.SIGCHLD}, 1.0)
         if caught is not None and caught.si_signo != signal.SIGCHLD:
             print(f"bridle launch: {signal.Signals(caught.si_signo).name}: passed on to the ranks", flush=True)
             _send(running, caught.si_signo)
+            asked = True
         for process, code in _ended():
             if process not in running:
                 continue
             rank = running.pop(process)
             codes.append(code)
-            # One that was asked to stop leaves rank 0 behind to upload a checkpoint, however long that takes.
-            if code not in (0, STOPPED) and running and kill_at[signal.SIGKILL] == float("inf"):
+            if code and running and not (asked if code == STOPPED else failing):
                 print(f"bridle launch: rank {rank} ended with {_said(code)}; ending this node's others", flush=True)
                 kill_at[signal.SIGTERM] = time.monotonic() + LEFT_BEHIND_SECONDS
-                kill_at[signal.SIGKILL] = kill_at[signal.SIGTERM] + ENDING_SECONDS
+                asked = True
+                # One that was asked to stop leaves rank 0 behind to upload a checkpoint, however long that takes.
+                if code != STOPPED:
+                    kill_at[signal.SIGKILL] = kill_at[signal.SIGTERM] + ENDING_SECONDS
+                    failing = True
         for number, moment in kill_at.items():
             if time.monotonic() >= moment:
                 _send(running, number)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator, Sequence
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -84,6 +86,15 @@ def _means_dead_loader(error: Exception, workers: int) -> bool:
 def _end_with_parent(worker: int) -> None:
     """torch watches the process that a loader was forked from, but the template lives as long as its loaders."""
     end_with_parent()
+    sys.excepthook = _say_unless_the_trainer_is_gone
+
+
+def _say_unless_the_trainer_is_gone(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """The thread that hands tensors over prints what it meets, also when the trainer was killed while it took one."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _same(found: Any) -> Any:

@@ -112,11 +112,16 @@ class PhaseRun:
         """Sums of a window that a checkpoint interrupted, or new ones."""
         sums = Sums(len(self.job.metric_names), self.ranks.device)
         if position.window is not None:
-            sums.restore(position.window["sums"], self.ranks)
+            sums.restore(position.window["sums"], self.ranks, self._micro_batches / position.window["micro_batches"])
             if self.ranks.first:
                 self.job.usage.copy_(torch.tensor(position.window["usage"]))
             position.window = None
         return sums
+
+    @property
+    def _micro_batches(self) -> int:
+        """Of a step, over all ranks."""
+        return self.ranks.world * split_batch(self.train, self.ranks.world)[1]
 
     def _batches(self, position: Position) -> Iterator[MicroBatch]:
         micro, _ = split_batch(self.train, self.ranks.world)
@@ -188,7 +193,8 @@ class PhaseRun:
         """Saves what lies between two rows too, so that the row that comes next is the one that would have come."""
         if sums.batches:
             counts = usage_counts(self.job, self.ranks)
-            position.window = {"sums": sums.state(self.ranks), "usage": counts.tolist()}
+            state = {"sums": sums.state(self.ranks), "micro_batches": self._micro_batches}
+            position.window = state | {"usage": counts.tolist()}
         self._checkpoint(position)
         self.keeper.settle()
         raise StoppedError

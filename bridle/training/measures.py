@@ -72,14 +72,18 @@ class Sums:
         rows: list[list[float]] = ranks.gather(self._row()[None]).tolist()
         return rows
 
-    def restore(self, rows: list[list[float]], ranks: Ranks) -> None:
-        """The reverse: exact on the same number of ranks; on another one, rank 0 takes all."""
-        if len(rows) != ranks.world:
+    def restore(self, rows: list[list[float]], ranks: Ranks, more: float) -> None:
+        """The reverse: exact on the same number of ranks; on another one, rank 0 takes all.
+
+        more: micro-batches of a step now, as a multiple of those then; a step weighs what it weighed.
+        """
+        if len(rows) != ranks.world or more != 1.0:
             none = [0.0] * len(rows[0])
-            rows = [[sum(column) for column in zip(*rows, strict=True)]] + [none] * (ranks.world - 1)
+            *scaled, corrupt = [sum(column) for column in zip(*rows, strict=True)]
+            rows = [[*(more * total for total in scaled), corrupt]] + [none] * (ranks.world - 1)
         *values, batches, corrupt = rows[ranks.rank]
         self.values.copy_(torch.tensor(values, dtype=torch.float64))
-        self.batches, self.corrupt = int(batches), int(corrupt)
+        self.batches, self.corrupt = round(batches), round(corrupt)
 
     def _row(self) -> Tensor:
         return torch.cat([self.values, self.values.new_tensor([self.batches, self.corrupt])]).double()
