@@ -31,7 +31,7 @@ def start_template(*modules: str, environment: Mapping[str, str] | None = None) 
     It blocks the signals that stop a program, and so do its children until they say otherwise: a launcher, Slurm and a
     terminal signal the whole process group, and a checkpoint needs the loaders a little longer.
     """
-    CONTEXT.set_forkserver_preload(list(modules))
+    CONTEXT.set_forkserver_preload(["bridle.processes.template_silence", *modules])
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         resource_tracker.ensure_running()
