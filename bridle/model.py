@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ from bridle.modeling.encoder import Encoder
 from bridle.modeling.tokenizer import Tokenizer
 from bridle.settings import Settings
 
+T = TypeVar("T")
 CLIPS_AT_ONCE = 8
 """Windows per forward pass when a whole file is tokenized; bounds memory."""
 
@@ -201,9 +202,9 @@ class BridleModel:
         return path.read_bytes()
 
 
-def batched(clips: Iterable[Clip], count: int) -> Iterable[list[Clip]]:
-    """Runs of up to `count` clips."""
-    batch: list[Clip] = []
+def batched(clips: Iterable[T], count: int) -> Iterator[list[T]]:
+    """Runs of up to `count` clips, or of what goes with them."""
+    batch: list[T] = []
     for clip in clips:
         batch.append(clip)
         if len(batch) == count:

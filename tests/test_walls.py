@@ -82,7 +82,7 @@ PROCESS_LIBRARIES: dict[str, set[str]] = {
     "mmap": set(),
 }
 """Libraries of `bridle/processes`, and the files elsewhere that have another use for them."""
-DOORS = {"cli", "pretrain", "commands", "ray", "hf"}
+DOORS = {"cli", "pretrain", "commands", "ray", "hf", "hear"}
 ONLY_IN = {
     "deepspeed": {"training", "diagnostics"},
     "fastapi": {"serving"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -108,17 +108,22 @@ class Audio:
     def windows(self, data: bytes) -> Iterator[Clip]:
         """Clips at every `frames` * 160 samples, so that their valid patches join to one stream of constant rate.
 
+        Raises:
+            ClipError: as `training_clip`; corruption further on is raised when the windows before it have been given.
+        """
+        yield from self.windows_of(decode(data, self.limits))
+
+    def windows_of(self, blocks: Iterable[np.ndarray]) -> Iterator[Clip]:
+        """The windows of sound in memory: blocks of float32 samples at 16 kHz, mono, one after the other.
+
         Window k sees the samples from k * frames * 160 on, as many as `frames` frames need (240 more than the step),
         whatever follows. A window exists where at least one frame (400 samples) is left; fewer remaining samples count
         to the last window's duration. Memory: a window and a block of decoded sound, whatever the length.
-
-        Raises:
-            ClipError: as `training_clip`; corruption further on is raised when the windows before it have been given.
         """
         step = self.settings.frames * HOP
         pending = np.zeros(0, np.float32)
         start = 0
-        for block in decode(data, self.limits):
+        for block in blocks:
             pending = np.concatenate((pending, block))
             while len(pending) >= step + WINDOW:
                 yield self._clip(pending[: self.settings.samples], start / SAMPLE_RATE, step / SAMPLE_RATE)
