@@ -39,6 +39,7 @@ from bridle.processes.messages import (
     Answer,
     Ask,
     Begin,
+    Cancel,
     End,
     Fault,
     FromChild,
@@ -53,6 +54,8 @@ START_SECONDS = 120.0
 """Time a child has to start; it may import torch, which a cold disk makes slow."""
 MAX_ANSWER_BYTES = 1 << 31
 """Bytes of one answer at most, whatever a child announces."""
+CANCEL_SECONDS = 1.0
+"""Time that a child whose answers nobody wants any more has to stop; a new one takes about as long to start."""
 SOCKET_BYTES = 1 << 20
 """Asked for a socket's buffer, so that an answer passes in few switches between the two sides."""
 
@@ -152,6 +155,17 @@ class Child:
         except (ValueError, TypeError) as error:
             raise ProtocolError(str(error)) from None
 
+    def cancel(self) -> bool:
+        """Gives up the answers still to come, but for the one that the child is at. Whether it can be asked again."""
+        self._line.until = time.monotonic() + CANCEL_SECONDS
+        try:
+            self._line.send(Cancel())
+            while not isinstance(self._line.receive()[0], End | Refused | Fault):
+                pass
+        except (EOFError, OSError, SlowError):
+            return False
+        return True
+
     def _ended(self) -> Exception:
         """Why the line broke: the kernel's alarm is slowness, no answer to our look is a hang."""
         try:
@@ -190,7 +204,7 @@ def answers_of(
     """`Child.answers` by an idle child of this process, or by a new one.
 
     Every thread has a child to itself while it asks. A child that failed in any way but by a clean refusal or fault of
-    its target, and one whose answers were not read to the end, is killed.
+    its target is killed, and so is one that does not stop soon when its answers are not read to the end.
     """
     key = (target, seconds, memory_bytes, imports)
     with _lock:
@@ -206,6 +220,9 @@ def answers_of(
         reusable = True
     except (RefusedError, ChildFaultError):
         reusable = child.usable
+        raise
+    except GeneratorExit:
+        reusable = child.cancel()
         raise
     finally:
         if reusable:
@@ -258,7 +275,8 @@ def serve(descriptor: int) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             ask, data = line.receive()
-            _answer(line, target, bytes(data), ask.request, begin.seconds)
+            if isinstance(ask, Ask):  # else a cancellation that came after the job's end
+                _answer(line, target, bytes(data), ask.request, begin.seconds)
 
 
 def _answer(line: Line, target: Target, data: bytes, request: Mapping[str, Any], seconds: float) -> None:
@@ -269,6 +287,9 @@ def _answer(line: Line, target: Target, data: bytes, request: Mapping[str, Any],
         time_limit(2 * seconds)
         for header, found in target(data, request):
             time_limit(0)
+            if line.waiting():
+                line.receive()  # nothing but a cancellation comes before the end
+                break
             array = np.ascontiguousarray(found)
             line.send(Answer(header, list(array.shape), array.dtype.str), array.reshape(-1).view(np.uint8).data)
             time_limit(2 * seconds)

@@ -6,6 +6,7 @@ Never pickles. Lengths are bounded before anything is read.
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import struct
 import time
@@ -80,6 +81,12 @@ class Line:
                     sent += self.sock.send(part[sent : sent + _AT_ONCE])
                 except TimeoutError:
                     raise SlowError from None
+
+    def waiting(self) -> bool:
+        """Whether `receive` has something to read, or the other side is gone."""
+        poller = select.poll()
+        poller.register(self.sock, select.POLLIN)
+        return bool(poller.poll(0))
 
     def receive(self) -> tuple[Any, bytearray]:
         """Receives a message of the allowed kinds, and its payload.

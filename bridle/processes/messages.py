@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-VERSION = 1
+VERSION = 2
 """To be raised with any change below: a program and a child of another version on disk refuse each other."""
 
 
@@ -170,7 +170,7 @@ class Result(Message, frozen=True):
     seconds: float
 
 
-ToChild = Begin | Ask
+ToChild = Begin | Ask | Cancel
 FromChild = Ready | Answer | End | Refused | Fault
 ToDecoder = BeginDecoder | Decode | Draw | Slot | Cancel
 FromDecoder = Ready | Need | Decoded | Drawn | End | Refused | Fault

@@ -85,14 +85,27 @@ def test_clean_refusals_keep_their_class_and_the_process() -> None:
     assert child_pid() == before
 
 
-def test_abandoned_answers_end_their_process() -> None:
-    pid = child_pid()
+def abandoned(fault: str, **request: Any) -> None:
     answers = isolation.isolated(
-        TARGET, bytes(1 << 20), {"fault": "echo", "answers": 50}, seconds=20.0, memory_bytes=1 << 30
+        TARGET, bytes(1 << 20), {"fault": fault, **request}, seconds=20.0, memory_bytes=1 << 30
     )
     next(answers)
     answers.close()
-    assert not running(pid) and len(ask("echo", answers=1)) == 1
+
+
+def test_a_process_whose_answers_are_not_read_to_the_end_stops_and_answers_the_next() -> None:
+    pid = child_pid()
+    abandoned("echo", answers=2000)
+    assert [header["number"] for header, _ in ask("echo", answers=3)] == [0, 1, 2]
+    abandoned("echo", answers=1)  # nothing is left to stop
+    assert [header["number"] for header, _ in ask("echo", answers=3)] == [0, 1, 2]
+    assert child_pid() == pid
+
+
+def test_a_process_that_does_not_stop_is_killed() -> None:
+    pid = child_pid()
+    abandoned("hang after one")
+    assert not running(pid) and child_pid() != pid
 
 
 def test_what_a_library_prints_does_not_spoil_an_answer() -> None:
