@@ -166,9 +166,12 @@ def _predictions(row: Mapping[str, Any]) -> tuple[bool, str] | None:
 def _codes(row: Mapping[str, Any]) -> tuple[bool, str] | None:
     if row.get("r2") is None or row.get("r2_cold_start") is None:
         return None
-    good = row["r2"] > row["r2_cold_start"]
-    text = "codes tell more than the projection's" if good else "codes do NOT tell more than the projection's"
-    return good, (
-        f"{text}: R² {row['r2']:.3f} against {row['r2_cold_start']:.3f}; latents spread over"
-        f" {row['participation_ratio']:.1f} directions"
+    # R² is of the teacher as it is, and rises when teacher and tokenizer collapse together; latents then narrow.
+    telling = row["r2"] > row["r2_cold_start"]
+    wide = row["participation_ratio"] > row["participation_ratio_cold_start"]
+    told = "codes tell more than the projection's" if telling else "codes do NOT tell more than the projection's"
+    spread = "latents spread wider than its" if wide else "latents do NOT spread wider than its, they collapse"
+    return telling and wide, (
+        f"{told}: R² {row['r2']:.3f} against {row['r2_cold_start']:.3f}; {spread}:"
+        f" {row['participation_ratio']:.1f} directions against {row['participation_ratio_cold_start']:.1f}"
     )

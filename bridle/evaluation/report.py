@@ -30,6 +30,7 @@ HEALTH = {
     "accuracy": "accuracy", "position_accuracy": "by position alone", "codebook_perplexity": "perplexity",
     "cosine": "cosine", "mean_cosine": "of the mean at a position", "r2": "R² of codes",
     "r2_cold_start": "of the projection's", "participation_ratio": "directions of latents",
+    "participation_ratio_cold_start": "of the projection's latents",
 }  # fmt: skip
 """Keys of a row's health, in the order of the page, and what they are called there."""
 

@@ -41,7 +41,7 @@ class Codes:
     def __init__(self, control: Tokenizer, target: nn.Module, codebooks: int, size: int, bf16: bool) -> None:
         self.control, self.target, self.bf16 = control, target, bf16
         self.codebooks, self.size = codebooks, size
-        self.found: tuple[Spread, CodeFit, CodeFit, MeanAtPosition] | None = None
+        self.found: tuple[Spread, Spread, CodeFit, CodeFit, MeanAtPosition] | None = None
 
     def add(
         self, values: Tensor, embeddings: Tensor, valid: Tensor | None, latents: Tensor, codes: Tensor, fold: Tensor
@@ -52,26 +52,29 @@ class Codes:
             device, width, positions = values.device, embeddings.shape[-1], embeddings.shape[1]
             self.found = (
                 Spread(latents.shape[-1], device),
+                Spread(latents.shape[-1], device),
                 CodeFit(self.codebooks, self.size, width, device),
                 CodeFit(self.codebooks, self.size, width, device),
                 MeanAtPosition(positions, width, device),
             )
-        spread, learned, cold, mean = self.found
+        spread, cold_spread, learned, cold, mean = self.found
         with torch.autocast(values.device.type, torch.bfloat16, enabled=self.bf16):
-            control = self.control.codes(values, valid)
+            control = self.control.quantizer.encode(self.control.latents(values, valid))
         folds = fold[:, None].expand_as(content)[content]
         spread.add(latents[content])
+        cold_spread.add(control.latents[content])
         learned.add(codes[content], embeddings[content], folds)
-        cold.add(control[content], embeddings[content], folds)
+        cold.add(control.codes[content], embeddings[content], folds)
         mean.add(self.target(embeddings), content, fold)
 
     def figures(self, ranks: Ranks) -> Figures:
-        """`participation_ratio` of the latents, `r2` and `r2_cold_start` of codes on the teacher's embeddings, and
+        """`participation_ratio` of the latents, `r2` of codes on the teacher's embeddings, both also `_cold_start`, and
         `mean_cosine`, that of the mean embedding at each position with what the estimator predicts."""
         assert self.found is not None
-        spread, learned, cold, mean = self.found
+        spread, cold_spread, learned, cold, mean = self.found
         figures = {
             "participation_ratio": participation_ratio(spread.covariance(ranks.sum)),
+            "participation_ratio_cold_start": participation_ratio(cold_spread.covariance(ranks.sum)),
             "r2": learned.r2(ranks.sum),
             "r2_cold_start": cold.r2(ranks.sum),
             "mean_cosine": mean.cosine(ranks.sum),

@@ -129,10 +129,13 @@ def test_position_accuracy_is_that_of_leaving_each_clip_out(clips: int, position
 
 
 def test_a_verdict_names_both_sides_and_says_no_when_the_control_wins() -> None:
-    good, text = verdict({"r2": 0.85, "r2_cold_start": 0.7, "participation_ratio": 8.3})
-    assert good and "R² 0.850 against 0.700" in text and "8.3 directions" in text
-    bad, text = verdict({"r2": 0.57, "r2_cold_start": 0.7, "participation_ratio": 1.4})
-    assert not bad and "NOT" in text
+    cold = {"r2_cold_start": 0.7, "participation_ratio_cold_start": 2.1}
+    good, text = verdict({"r2": 0.85, "participation_ratio": 8.3, **cold})
+    assert good and "R² 0.850 against 0.700" in text and "8.3 directions against 2.1" in text and "NOT" not in text
+    bad, text = verdict({"r2": 0.57, "participation_ratio": 8.3, **cold})
+    assert not bad and "codes do NOT" in text
+    bad, text = verdict({"r2": 0.92, "participation_ratio": 1.4, **cold})  # teacher and tokenizer collapsed together
+    assert not bad and "latents do NOT" in text
     bad, text = verdict({"accuracy": [0.3, 0.1], "position_accuracy": [0.35, 0.1]})
     assert not bad and "0.200 against 0.225" in text
     assert verdict({"loss": 1.0}) is None

@@ -12,6 +12,7 @@ from launching import TINY, pretrain, rows
 from bridle.data.shards import open_shards
 from bridle.evaluation.health import CodeFit
 from bridle.model_folder import load, stacked
+from bridle.modeling.quantizer import normalize
 from bridle.training.checkpoints import read_tensors
 
 STILL = {"steps": 1, "warmup_steps": 0, "lr": 1e-12}
@@ -88,4 +89,9 @@ def test_held_out_figures_are_of_whole_clips_as_they_are(run):
         for i, part in enumerate(content):
             fit.add(found[i, part], teacher[i, part], torch.full((valid[i],), i % 2))
         assert row[name] == pytest.approx(fit.r2(lambda sums: sums), abs=1e-3)
-    assert row["verdict"] and row["healthy"] is (row["r2"] > row["r2_cold_start"])
+    for name, tokenizer in (("participation_ratio", model), ("participation_ratio_cold_start", cold)):
+        latents = normalize(tokenizer.latents(values, valid))
+        spread = torch.cat([latents[i, part] for i, part in enumerate(content)]).T.cov()
+        assert row[name] == pytest.approx(float(spread.trace() ** 2 / (spread @ spread).trace()), rel=1e-3)
+    better = row["r2"] > row["r2_cold_start"], row["participation_ratio"] > row["participation_ratio_cold_start"]
+    assert row["verdict"] and row["healthy"] is all(better)
