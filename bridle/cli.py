@@ -28,6 +28,7 @@ COMMANDS = (
     "probe",
     "report",
     "status",
+    "bench",
     "fetch-model",
     "serve",
 )

@@ -54,6 +54,7 @@ BELOW = {
         "tokens",
         "evaluation",
     },
+    "measuring": {"config", "settings", "modalities", "modeling", "data", "model_folder", "training"},
     "serving": {
         "model",
         "processes",
@@ -96,7 +97,7 @@ ONLY_IN = {
     "decord": {"modalities", "diagnostics"},
     "soundfile": {"modalities", "diagnostics"},
     "ray": {"ray"},
-    "transformers": {"hf"},
+    "transformers": {"hf", "measuring"},
     "tokenizers": {"tokens"},
 }
 """Libraries that one room is there to hide."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 import torch
 
+from bridle.config import Recipe, load_recipe
 from bridle.model_folder import DTYPES, BridleModel, load
 from bridle.settings import RecipeError
 
@@ -38,3 +40,27 @@ def _device(name: str) -> torch.device:
         found = "cpu" if not count else f"cpu, cuda, cuda:0 to cuda:{count - 1}"
         raise RecipeError(f"--device {name}: not on this machine; it has {found}") from None
     return device
+
+
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which training step: RECIPE, overrides, --deepspeed_config and --data."""
+    name = parser.prog.rpartition(" ")[2]
+    parser.usage = f"bridle {name} RECIPE [dotted.key=value ...] [options]"
+    parser.add_argument("recipe", metavar="RECIPE", help="shipped name or YAML file")
+    parser.add_argument(
+        "--deepspeed_config", default="builtin:zero2", metavar="FILE|builtin:NAME", help="(default: builtin:zero2)"
+    )
+    parser.add_argument(
+        "--data", nargs="+", metavar="SHARDS", help="(default: the recipe's, else the sample that ships)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings of the recipe to change")
+
+
+def step_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe that `add_step_arguments` asked for.
+
+    Raises:
+        RecipeError: unknown, or settings that cannot be.
+    """
+    data = ["data.sources=null", f"data.shards={json.dumps(args.data)}"] if args.data else []
+    return load_recipe(args.recipe, [*data, *args.overrides])

@@ -88,14 +88,11 @@ class PhaseRun:
         sums = self._restored_sums(position)
         if position.evaluation_due:
             self._evaluate(position, sums)
-        window = Window()
-        batches = self._batches(position)
+        window = Window(self.ranks.device)
+        batches = self.batches(position)
         while position.step < self.length.total:
             vote = self.ranks.vote(self.stop.asked)
-            lr = learning_rate(self.settings.lr, position.step, self.length.warmup, self.length.total)
-            self.job.begin_step(position.step)
-            set_learning_rate(self.engine, lr, self.job.slow_step)
-            self._step(batches, window, sums)
+            lr = self.step(position.step, batches, window, sums)
             position.step += 1
             position.samples += self.train.batch_size
             self.watchdog.at(f"{self._name} the end of step {position.step}")
@@ -123,7 +120,8 @@ class PhaseRun:
         """Of a step, over all ranks."""
         return self.ranks.world * split_batch(self.train, self.ranks.world)[1]
 
-    def _batches(self, position: Position) -> Iterator[MicroBatch]:
+    def batches(self, position: Position) -> Iterator[MicroBatch]:
+        """This rank's micro-batches from `position` to the end of the phase."""
         micro, _ = split_batch(self.train, self.ranks.world)
         return self.stream.micro_batches(
             start=position.samples,
@@ -135,22 +133,31 @@ class PhaseRun:
             workers=self.data.workers,
         )
 
-    def _step(self, batches: Iterator[MicroBatch], window: Window, sums: Sums) -> None:
+    def step(self, number: int, batches: Iterator[MicroBatch], window: Window, sums: Sums) -> float:
+        """Optimizer step `number`, counted from 0, over the next micro-batches; returns its learning rate."""
+        lr = learning_rate(self.settings.lr, number, self.length.warmup, self.length.total)
+        self.job.begin_step(number)
+        set_learning_rate(self.engine, lr, self.job.slow_step)
         _, accumulation = split_batch(self.train, self.ranks.world)
         self.engine.train()
         for _ in range(accumulation):
             self.watchdog.at(f"{self._name} waiting for clips")
-            asked = time.perf_counter()
+            window.parts.begin("data_wait")
             batch = next(batches)
-            window.waited += time.perf_counter() - asked
             self.watchdog.at(f"{self._name} forward and backward")
+            window.parts.begin("forward")
             loss, metrics, codes, *_ = self.engine(*self.job.inputs(to_device(batch.tensors, self.ranks.device)))
+            window.parts.begin("backward")
             self.engine.backward(loss)
+            window.parts.begin("optimizer")
             self.engine.step()
+            window.parts.begin("codebooks")
             sums.add(metrics, batch)
             self.job.count(codes)
         self.job.after_step(self.ranks.all_reduce)
+        window.parts.begin("")
         window.steps += 1
+        return lr
 
     def _is_boundary(self, step: int) -> bool:
         """Rows are written and the device is waited for only here; regular checkpoints are always at one."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -19,6 +20,7 @@ from torch.utils.tensorboard.summary import scalar
 
 from bridle.files import whole_file
 from bridle.training.patient_file import PatientFile
+from bridle.training.timing import PartTimes
 
 log = logging.getLogger("bridle")
 ALARMS = ("checkpoint", "damaged_checkpoint", "heartbeat", "metrics")
@@ -172,13 +174,14 @@ def _record(event: Event) -> bytes:
 class Window:
     """Times of the steps since the last row."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.parts = PartTimes(device)
         self.reset()
 
     def reset(self) -> None:
         """Begins a new window."""
         self.start = time.perf_counter()
-        self.waited = 0.0
+        self.parts.reset()
         self.steps = 0
 
     def rates(self, batch_size: int) -> dict[str, float]:
@@ -187,7 +190,7 @@ class Window:
         return {
             "samples_per_second": self.steps * batch_size / seconds,
             "step_seconds": seconds / max(1, self.steps),
-            "data_wait": self.waited / seconds,
+            "data_wait": self.parts.seconds()["data_wait"] / seconds,
         }
 
 
