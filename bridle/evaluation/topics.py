@@ -27,6 +27,7 @@ USAGE = (
     "Share of each codebook's codes seen since the row before: in encoder phases those to be predicted, in tokenizer"
     " phases those being learned."
 )
+PARTS = "Mean of the ranks. What is left goes to waiting for clips, and to rows, evaluation and checkpoints."
 WAIT = "Share of the time that training waits for clips."
 
 
@@ -67,6 +68,7 @@ def charts(run: RunFolder) -> list[Chart]:
             "Over all ranks.",
             _panels(run.phases, "clips per second", _one("samples_per_second"), (0, None)),
         ),
+        ("Where a step's time goes", PARTS, _panels(run.phases, "share of time", _parts(), (0, 1))),
         ("Waiting for data", WAIT, _panels(run.phases, "share of time", _one("data_wait"), (0, 1))),
     ]
     filled = [(title, caption, [panel for panel in panels if panel.lines]) for title, caption, panels in found]
@@ -112,6 +114,15 @@ def _with_level(panel: Panel, label: str, value: float) -> Panel:
 def _one(key: str) -> Curves:
     """The single number that rows hold under `key`."""
     return [("training", lambda row: row.get(key))]
+
+
+def _parts() -> Curves:
+    """A curve for each part of a step; rows of older runs have none."""
+
+    def value_of(part: str) -> Value:
+        return lambda row: row.get(part)
+
+    return [(part.replace("_", " "), value_of(part)) for part in ("forward", "backward", "optimizer", "codebooks")]
 
 
 def _each(key: str, stages: range) -> Curves:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from bridle.training.checkpoints import Position
 from bridle.training.loop import PhaseRun
 from bridle.training.machine import Product, seconds, stated_rate
 from bridle.training.measures import Sums
-from bridle.training.metrics import Window
+from bridle.training.speed import Window, peak_memory
 from bridle.training.timing import PARTS
 
 KERNELS = 10
@@ -58,7 +57,7 @@ class Steps:
 
     def __init__(self, phase: PhaseRun) -> None:
         self.phase, self.device = phase, phase.ranks.device
-        self.window, self.sums = Window(self.device), Sums(len(phase.job.metric_names), self.device)
+        self.window, self.sums = Window(phase.ranks), Sums(len(phase.job.metric_names), self.device)
         self.padded = self.positions = 0
         self._numbers, self._batches = count(), self._seen(phase.batches(Position()))
 
@@ -108,7 +107,7 @@ def bench_phase(bench: Workbench, index: int, rounds: int, steps: int, reference
     ours = Steps(bench.phase(index))
     for _ in range(WARM_UP):
         ours()
-    memory = _memory(ranks.device)
+    memory = peak_memory(ranks.device)
     vit_mae = None
     if reference and is_installed():
         patch, grid = bench.make.patch, bench.flops.grid
@@ -147,12 +146,6 @@ def bench_phase(bench: Workbench, index: int, rounds: int, steps: int, reference
     )
     ours.close()
     return figures
-
-
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _kernels(step: Steps) -> list[tuple[str, float]]:

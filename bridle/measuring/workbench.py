@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from bridle.training.loop import Length, PhaseRun
 from bridle.training.phases import EncoderModule, EncoderPhaseJob, PhaseJob, TokenizerModule, TokenizerPhaseJob
 from bridle.training.ranks import Ranks
 from bridle.training.schedule import cold_start_of, tokenizer_phase_of
+from bridle.training.speed import Rate
 from bridle.training.stopping import StopRequest
 from bridle.training.watchdog import Watchdog
 
@@ -85,6 +87,7 @@ class Workbench:
             index, settings, job, engine, stream, None, Length(ENDLESS, 0), recipe.train, recipe.data, ranks,
             PhaseCheckpoints(self.folder, index, settings.kind), Keeper(ranks), None, stop,
             Watchdog(ranks, recipe.train.collective_timeout, self.folder, ending=lambda said: None), str(self.folder),
+            Rate(self.flops.of_phase(index), peak=math.inf),
         )  # fmt: skip
 
     def job(self, index: int) -> PhaseJob:

@@ -19,9 +19,10 @@ from bridle.training.clips import to_device
 from bridle.training.engine import learning_rate, set_learning_rate, split_batch
 from bridle.training.keeper import Keeper
 from bridle.training.measures import Sums, evaluate, usage_counts, usage_shares
-from bridle.training.metrics import RunLog, Window, progress_line
+from bridle.training.metrics import RunLog, progress_line
 from bridle.training.phases import PhaseJob
 from bridle.training.ranks import Ranks
+from bridle.training.speed import Rate, Window
 from bridle.training.stopping import StoppedError, StopRequest
 from bridle.training.watchdog import Watchdog
 
@@ -78,6 +79,7 @@ class PhaseRun:
     watchdog: Watchdog
     where: str
     """The run folder, for messages."""
+    rate: Rate
 
     def run(self, position: Position) -> Position:
         """Trains from `position` to the end of the phase.
@@ -88,7 +90,7 @@ class PhaseRun:
         sums = self._restored_sums(position)
         if position.evaluation_due:
             self._evaluate(position, sums)
-        window = Window(self.ranks.device)
+        window = Window(self.ranks)
         batches = self.batches(position)
         while position.step < self.length.total:
             vote = self.ranks.vote(self.stop.asked)
@@ -172,7 +174,7 @@ class PhaseRun:
     def _boundary(self, position: Position, window: Window, sums: Sums, lr: float, stop: bool) -> None:
         means, corrupt = sums.reduce(self.ranks)
         usage = usage_shares(usage_counts(self.job, self.ranks))
-        rates = window.rates(self.train.batch_size)
+        rates = window.rates(self.train.batch_size, self.rate)
         position.corrupt += corrupt
         position.seconds += rates["step_seconds"] * window.steps
         if not all(math.isfinite(value) for value in means):

@@ -35,11 +35,12 @@ def stated_rate(device: torch.device, bf16: bool) -> float | None:
 
 
 def peak_rate(device: torch.device, bf16: bool) -> float:
-    """FLOP/s that MFU counts against: stated, else that of a product of 1,024 squared, measured now."""
+    """FLOP/s that MFU counts against: stated, else that of a square product, measured now."""
     stated = stated_rate(device, bf16)
     if stated is not None:
         return stated
-    square = torch.randn(1024, 1024, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
+    side = 4096 if device.type == "cuda" else 512
+    square = torch.randn(side, side, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
     product = Product(lambda: torch.mm(square, square), device)
     return max(product.rate() for _ in range(3))
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -20,7 +19,7 @@ from torch.utils.tensorboard.summary import scalar
 
 from bridle.files import whole_file
 from bridle.training.patient_file import PatientFile
-from bridle.training.timing import PartTimes
+from bridle.training.timing import PARTS
 
 log = logging.getLogger("bridle")
 ALARMS = ("checkpoint", "damaged_checkpoint", "heartbeat", "metrics")
@@ -42,6 +41,24 @@ class PrometheusMetrics:
         self.data_wait = Counter(
             "bridle_train_data_wait_seconds_total", "Seconds spent waiting for clips.", registry=to
         )
+        self.parts = Counter(
+            "bridle_train_part_seconds_total",
+            "Seconds of steps in each part, mean of ranks.",
+            ["part"],
+            registry=to,
+        )
+        self.straggling = Gauge(
+            "bridle_train_straggling_ratio",
+            "Slowest rank's time before it waits for others, over the median rank's.",
+            registry=to,
+        )
+        self.memory = Gauge(
+            "bridle_train_memory_bytes", "The most that a rank has taken: of its GPU, else resident.", registry=to
+        )
+        self.flops = Gauge(
+            "bridle_train_flops_per_second", "Model FLOP/s of a rank, attention included.", ["phase"], registry=to
+        )
+        self.mfu = Gauge("bridle_train_mfu_ratio", "The same over the device's peak.", ["phase"], registry=to)
         self.loss = Gauge("bridle_train_loss", "Loss.", ["phase"], registry=to)
         self.usage = Gauge(
             "bridle_train_codebook_usage_ratio", "Share of codes used in a log window.", ["codebook"], registry=to
@@ -97,6 +114,12 @@ class PrometheusMetrics:
         self.steps.labels(phase).inc(steps)
         self.step_seconds.observe(row["step_seconds"])
         self.data_wait.inc(row["data_wait"] * row["step_seconds"] * steps)
+        for part in PARTS:
+            self.parts.labels(part).inc(row[part] * row["step_seconds"] * steps)
+        self.straggling.set(row["straggling"])
+        self.memory.set(row["memory_bytes"])
+        self.flops.labels(phase).set(row["flops_per_second"])
+        self.mfu.labels(phase).set(row["mfu"])
         self.loss.labels(phase).set(row["loss"])
         self.corrupt.inc(corrupt)
         for m, share in enumerate(row["codebook_usage"], start=1):
@@ -171,29 +194,6 @@ def _record(event: Event) -> bytes:
     return data.getvalue()
 
 
-class Window:
-    """Times of the steps since the last row."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.parts = PartTimes(device)
-        self.reset()
-
-    def reset(self) -> None:
-        """Begins a new window."""
-        self.start = time.perf_counter()
-        self.parts.reset()
-        self.steps = 0
-
-    def rates(self, batch_size: int) -> dict[str, float]:
-        """Clips per second over all ranks, mean seconds per step, and the share of time spent waiting for data."""
-        seconds = max(time.perf_counter() - self.start, 1e-9)
-        return {
-            "samples_per_second": self.steps * batch_size / seconds,
-            "step_seconds": seconds / max(1, self.steps),
-            "data_wait": self.parts.seconds()["data_wait"] / seconds,
-        }
-
-
 def progress_line(row: Mapping[str, Any], phase: str, total: int, seconds_left: float) -> str:
     """One line for a person."""
     parts = [f"{phase} step {row['step']}/{total}", f"loss {row['loss']:.4f}"]
@@ -210,6 +210,7 @@ def progress_line(row: Mapping[str, Any], phase: str, total: int, seconds_left: 
             f"grad {row['gradient_norm']:.2f}",
             f"{row['samples_per_second']:.1f} clips/s",
             f"wait {100 * row['data_wait']:.0f}%",
+            f"MFU {100 * row['mfu']:.0f}%",
             f"ETA {hours}:{minutes:02d}:{seconds:02d}",
         ]
     else:

@@ -42,10 +42,12 @@ from bridle.training.checkpoints import (
 from bridle.training.clips import MakeClip
 from bridle.training.engine import build_engine, resolve_ds_config, uses_bf16
 from bridle.training.first_batches import fit_target, initialise_codebooks
+from bridle.training.flops import ClipFlops
 from bridle.training.joint import JointPhaseJob
 from bridle.training.keeper import Keeper
 from bridle.training.lock import RunLock
 from bridle.training.loop import Length, PhaseRun
+from bridle.training.machine import peak_rate
 from bridle.training.metrics import PrometheusMetrics, RunLog
 from bridle.training.origin import begin_from
 from bridle.training.phases import EncoderModule, EncoderPhaseJob, PhaseJob, TokenizerModule, TokenizerPhaseJob
@@ -63,6 +65,7 @@ from bridle.training.schedule import (
     tokenizer_phase_of,
 )
 from bridle.training.shared_tensors import fill
+from bridle.training.speed import Rate
 from bridle.training.standing import Standing, find_standing
 from bridle.training.status import ENDED, note_end
 from bridle.training.stopping import StoppedError, StopRequest
@@ -104,7 +107,10 @@ class PretrainingRun:
         self.modality = build_modality(recipe.modality, recipe.clip)
         self.ds_config = resolve_ds_config(ds_config, where, recipe.train, ranks.world)
         self.bf16 = uses_bf16(self.ds_config)
-        self.components = Components(recipe.model, patch_shape(self.modality))
+        patch = patch_shape(self.modality)
+        self.components = Components(recipe.model, patch)
+        self.flops = ClipFlops(recipe, patch, tuple(self.modality.grid.values()))
+        self.peak = peak_rate(ranks.device, self.bf16)
         self.shards = self._open(recipe.data.mixture)
         self.heldout = self._open([DataSource(shards=recipe.data.heldout)]) if recipe.data.heldout else None
         check_joint(recipe, self.ds_config)
@@ -257,7 +263,7 @@ class PretrainingRun:
         position = PhaseRun(
             index, phase, job, engine, stream, self._heldout_stream(job.masked), length,
             self.recipe.train, self.recipe.data, self.ranks, checkpoints, keeper, run_log, self.stop, self.watchdog,
-            self.where,
+            self.where, Rate(self.flops.of_phase(index), self.peak),
         ).run(position)  # fmt: skip
         self.watchdog.at(f"[{index} {job.kind}] writing the result")
         found = part_states(engine, job.parts, self.ranks)

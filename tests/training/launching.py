@@ -15,7 +15,10 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).with_name("tiny.yaml")
-TIMES = {"samples_per_second", "step_seconds", "data_wait"}
+TIMES = {
+    "samples_per_second", "step_seconds", "data_wait", "forward", "backward", "optimizer", "codebooks", "straggling",
+    "memory_bytes", "flops_per_second", "mfu",
+}  # fmt: skip
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -122,6 +122,13 @@ def training() -> str:
     board.with_panel(_lines("A step", [(" / ".join(took), "{{instance}}")], "s"))
     wait = f"rate({TRAIN.data_wait}{{{OF}}}[{ROWS}])"
     board.with_panel(_lines("Waiting for clips", [(wait, "{{instance}}")], "percentunit"))
+    parts = f"sum by (instance, part) (rate({TRAIN.parts}{{{OF}}}[{ROWS}]))"
+    board.with_panel(_lines("Where a step's time goes", [(parts, "{{instance}} {{part}}")], "percentunit"))
+    board.with_panel(_lines("MFU", [(f"{TRAIN.mfu}{{{OF}}}", "{{instance}} {{phase}}")], "percentunit"))
+    board.with_panel(_lines("Model FLOP/s of a rank", [(f"{TRAIN.flops}{{{OF}}}", "{{instance}} {{phase}}")], "flops"))
+    slowest = f"{TRAIN.straggling}{{{OF}}}"
+    board.with_panel(_lines("Slowest rank over the median", [(slowest, "{{instance}}")], "short"))
+    board.with_panel(_lines("Memory of a rank, at most", [(f"{TRAIN.memory}{{{OF}}}", "{{instance}}")], "bytes"))
     board.with_row(dashboard.Row("Safety"))
     checkpoint = [
         (f"{TRAIN.checkpoint}{{{OF}}}", "{{instance}}: writing"),

@@ -1,0 +1,68 @@
+"""What a row says of speed, and where else it is said."""
+
+from __future__ import annotations
+
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from launching import rows, start, wait_for_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bridle.training.ranks import Ranks
+from bridle.training.speed import Rate, Window
+from bridle.training.timing import PARTS
+
+
+class Gathered(Ranks):
+    """Three ranks of which this one is the first; the others' rows are made up."""
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values, values * 1.0, values * torch.tensor([4.0, 4.0, 1, 1, 1, 2])])
+
+
+def test_parts_are_shares_of_the_time_and_the_slowest_rank_stands_out() -> None:
+    window = Window(Gathered(0, 3, torch.device("cpu")))
+    for part, seconds in zip(PARTS, (0.02, 0.04, 0.03, 0.01, 0.01), strict=True):
+        window.parts.begin(part)
+        time.sleep(seconds)
+    window.parts.begin("")
+    time.sleep(0.05)  # between steps: no part's
+    window.steps = 2
+    row = window.rates(30, Rate(flops=6.0, peak=100.0))
+    assert row["step_seconds"] >= 0.08
+    assert row["forward"] / row["backward"] == pytest.approx(2 * 0.04 / 0.03, rel=0.2)
+    assert row["backward"] * 2 * row["step_seconds"] == pytest.approx(0.03, abs=0.01)
+    assert row["straggling"] == pytest.approx(4.0)
+    assert row["flops_per_second"] == pytest.approx(row["samples_per_second"] * 6.0 / 3)
+    assert row["mfu"] == pytest.approx(row["flops_per_second"] / 100.0)
+    assert row["memory_bytes"] > 1e8
+    window.reset()
+    assert window.parts.seconds() == dict.fromkeys(PARTS, 0.0)
+
+
+def test_rows_tensorboard_and_prometheus_say_where_the_time_of_two_ranks_goes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, "train.prometheus_port=19464", "phases.1.steps=2000", ranks=2)
+    wait_for_rows(run, 2, process)
+    said = (tmp_path / "run.log").read_text()
+    url = said.partition("metrics at ")[2].split()[0]
+    exported = urllib.request.urlopen(url, timeout=10).read().decode()
+    process.terminate()
+    process.wait(60)
+    row = next(row for row in rows(run, with_times=True) if row["split"] == "train")
+    assert 0.3 < sum(row[part] for part in PARTS) <= 1.0
+    assert all(row[part] > 0 for part in PARTS)
+    assert 1.0 <= row["straggling"] < 50
+    assert 0 < row["mfu"] < 1.5
+    for part in PARTS:
+        assert f'bridle_train_part_seconds_total{{part="{part}"}}' in exported
+    for name in ("straggling_ratio", "memory_bytes", 'flops_per_second{phase="encoder"}', 'mfu_ratio{phase="encoder"}'):
+        value = exported.partition(f"\nbridle_train_{name} ")[2].split()[0]
+        assert float(value) > 0
+    events = EventAccumulator(str(next((run / "tensorboard").iterdir())))
+    events.Reload()
+    told = {tag.rpartition("/")[2] for tag in events.Tags()["scalars"]}
+    assert {*PARTS, "straggling", "memory_bytes", "flops_per_second", "mfu"} <= told
