@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from bridle.settings import RecipeError, Settings, nearest, parse_settings
+from bridle.settings import RecipeError, Settings, apply_override, nearest, parse_settings
 
 Positive = Annotated[int, Field(gt=0)]
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -131,6 +131,9 @@ class DataSettings(Settings):
     """The same, for the clips that only evaluation sees; none: no held-out evaluation."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes per rank."""
+    features_on_device: bool = False
+    """Whether spectrograms are computed where the model is instead of in the loaders: the same to rounding (1e-5).
+    Pictures and films are normalised there in any case."""
     shuffle_block: Positive = 16
     """Neighbouring samples that stay together when blocks are permuted."""
     shuffle_window: Positive = 64
@@ -311,7 +314,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """
     raw = _read(name)
     for override in overrides:
-        _apply(raw, override)
+        apply_override(raw, override)
     return recipe_from_mapping(raw, name)
 
 
@@ -348,42 +351,6 @@ def _read(name: str) -> dict[str, Any]:
 
 def _names() -> str:
     return ", ".join(shipped_recipes())
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise RecipeError(f"override '{override}': expected dotted.key=value, for example train.batch_size=16")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"override '{override}': the value is not valid YAML") from None
-    *parents, last = dotted.split(".")
-    node: Any = raw
-    for key in parents:
-        node = _child(node, key, override)
-    if isinstance(node, list):
-        node[_list_index(node, last, override)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise RecipeError(f"override '{override}': nothing below '{'.'.join(parents)}' can be set")
-
-
-def _child(node: Any, key: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_list_index(node, key, override)]
-    if not isinstance(node, dict):
-        raise RecipeError(f"override '{override}': nothing below a plain value can be set")
-    if not isinstance(node.get(key), (dict, list)):
-        node[key] = {}
-    return node[key]
-
-
-def _list_index(node: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
-        raise RecipeError(f"override '{override}': '{key}' is no position in a list of {len(node)} (they count from 0)")
-    return int(key)
 
 
 def _expand_size(model: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -85,3 +85,46 @@ def _settings_in(annotation: Any) -> list[Any]:
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return [annotation]
     return [found for argument in get_args(annotation) for found in _settings_in(argument)]
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Sets what ``dotted.key=value`` says in plain data; the value is YAML.
+
+    Raises:
+        RecipeError: not of that form, or nothing there that can be set.
+    """
+    import yaml  # which a decoder's child process starts without
+
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise RecipeError(f"override '{override}': expected dotted.key=value, for example train.batch_size=16")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"override '{override}': the value is not valid YAML") from None
+    *parents, last = dotted.split(".")
+    node: Any = raw
+    for key in parents:
+        node = _child(node, key, override)
+    if isinstance(node, list):
+        node[_list_index(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise RecipeError(f"override '{override}': nothing below '{'.'.join(parents)}' can be set")
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_list_index(node, key, override)]
+    if not isinstance(node, dict):
+        raise RecipeError(f"override '{override}': nothing below a plain value can be set")
+    if not isinstance(node.get(key), (dict, list)):
+        node[key] = {}
+    return node[key]
+
+
+def _list_index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise RecipeError(f"override '{override}': '{key}' is no position in a list of {len(node)} (they count from 0)")
+    return int(key)

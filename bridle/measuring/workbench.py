@@ -19,7 +19,7 @@ from bridle.modeling.target import TargetScale
 from bridle.modeling.tokenizer import LearnedTokenizer, Tokenizer
 from bridle.training.auto_clip import AUTO
 from bridle.training.checkpoints import PhaseCheckpoints
-from bridle.training.clips import MakeClip
+from bridle.training.clips import Delivery, MakeClip, raw_modality
 from bridle.training.engine import build_engine, resolve_ds_config, uses_bf16
 from bridle.training.flops import ClipFlops
 from bridle.training.joint import JointPhaseJob
@@ -78,7 +78,8 @@ class Workbench:
         assert isinstance(settings, TrainedPhase)
         job = self.job(index)
         engine = build_engine(job.module, self.ds_config, recipe.train, settings.lr, job.slow_part)
-        make = MakeClip(self.modality, recipe.mask if job.masked else None, augment=True)
+        deliver = Delivery(raw_modality(recipe), self.ranks.device)
+        make = MakeClip(deliver.modality, recipe.mask if job.masked else None, augment=True)
         stream = Stream(
             self.shards, make, seed=recipe.seed, block=recipe.data.shuffle_block, window=recipe.data.shuffle_window
         )
@@ -87,7 +88,7 @@ class Workbench:
             index, settings, job, engine, stream, None, Length(ENDLESS, 0), recipe.train, recipe.data, ranks,
             PhaseCheckpoints(self.folder, index, settings.kind), Keeper(ranks), None, stop,
             Watchdog(ranks, recipe.train.collective_timeout, self.folder, ending=lambda said: None), str(self.folder),
-            Rate(self.flops.of_phase(index), peak=math.inf),
+            Rate(self.flops.of_phase(index), peak=math.inf), deliver,
         )  # fmt: skip
 
     def job(self, index: int) -> PhaseJob:

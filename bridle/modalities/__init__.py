@@ -29,12 +29,12 @@ def modality_class(name: str) -> type[Modality]:
     return cast(type[Modality], getattr(importlib.import_module(module), attribute))
 
 
-def build_modality(name: str, settings: Mapping[str, Any], limits: Limits | None = None) -> Modality:
-    """A modality with checked settings (a recipe's `clip` section).
+def build_modality(name: str, settings: Mapping[str, Any], limits: Limits | None = None, raw: bool = False) -> Modality:
+    """A modality with checked settings (a recipe's `clip` section); raw: see `Modality`.
 
     Raises:
         RecipeError: no such modality, an unknown key, a wrong value.
     """
     cls = modality_class(name)
     parsed = parse_settings(cls.settings_class, settings, f"clip settings of modality {name}")
-    return cls(parsed, limits or Limits())  # type: ignore[call-arg]
+    return cls(parsed, limits or Limits(), raw)  # type: ignore[call-arg]

@@ -67,10 +67,13 @@ class Audio:
     settings_class: ClassVar[type[Settings]] = AudioSettings
     channels: ClassVar[int] = 1
     deviation: ClassVar[float] = 0.5
+    raw_is_small: ClassVar[bool] = False
 
-    def __init__(self, settings: AudioSettings, limits: Limits) -> None:
+    def __init__(self, settings: AudioSettings, limits: Limits, raw: bool = False) -> None:
+        """raw: clips are the samples that their frames look at, float32 ``[1, n]``; `extent` counts whole frames."""
         self.settings = settings
         self.limits = limits
+        self.raw = raw
 
     @property
     def patch(self) -> tuple[int, ...]:
@@ -131,6 +134,14 @@ class Audio:
                 start += step
         yield self._clip(pending[: self.settings.samples], start / SAMPLE_RATE, len(pending) / SAMPLE_RATE)
 
+    def finish(self, values: torch.Tensor, extent: torch.Tensor | None) -> torch.Tensor:
+        """float32 ``[B, 1, n]`` to float32 ``[B, 1, frames, mel_bins]``, equal to a clip's own to rounding."""
+        assert extent is not None
+        energies = fbank(values, self.settings.mel_bins)
+        behind = torch.arange(self.settings.frames, device=values.device) >= extent[:, None]
+        energies = energies.masked_fill_(behind[:, None, :, None], 0.0)
+        return energies.sub_(self.settings.mean).div_(2 * self.settings.std)
+
     @property
     def features(self) -> dict[str, Any]:
         return {"mel_bins": self.settings.mel_bins}
@@ -167,9 +178,13 @@ class Audio:
         centred = samples - samples.mean()
         if len(centred) < WINDOW:
             centred = np.pad(centred, (0, WINDOW - len(centred)))
+        valid = math.ceil(frame_count(len(centred)) / settings.patch[0])
+        if self.raw:
+            filled = torch.zeros(1, settings.samples)
+            filled[0, : len(centred)] = torch.from_numpy(centred)
+            return Clip(filled, self.grid, valid, start_s, duration_s, extent=frame_count(len(centred)))
         energies = fbank(torch.from_numpy(centred), settings.mel_bins)
         values = torch.zeros(1, settings.frames, settings.mel_bins)
         values[0, : len(energies)] = energies
         values.sub_(settings.mean).div_(2 * settings.std)
-        valid = math.ceil(frame_count(len(centred)) / settings.patch[0])
         return Clip(values, self.grid, valid, start_s, duration_s)

@@ -34,9 +34,11 @@ class Clip:
     """One window of content, normalised, at the size a model takes.
 
     values: float32 ``[C, *size]``; ``size`` is the grid times the patch (audio ``[1, T, F]``, image ``[3, H, W]``,
-        video ``[3, T, H, W]``).
+        video ``[3, T, H, W]``). Of a raw modality what it leaves to `Modality.finish`.
     grid: patches along each axis, in the order of the axes, e.g. ``{"time": 64, "frequency": 8}``.
     valid: patches along the first axis that hold content; the rest is padding, whose codes are cut.
+    extent: of a raw clip whose values are not yet laid out in patches: what `Modality.finish` needs to know of its
+        length; 0 elsewhere.
     start_s, duration_s: seconds of content from the beginning of the source and in this window; none without time.
     """
 
@@ -45,6 +47,7 @@ class Clip:
     valid: int
     start_s: float | None = None
     duration_s: float | None = None
+    extent: int = 0
 
     @property
     def positions(self) -> int:
@@ -85,7 +88,8 @@ class Limits(Settings):
 class Modality(Protocol):
     """A modality: bytes in, `Clip`s out. One file in this folder implements it; the registry names the file.
 
-    Construct with ``(settings, limits)``. Stateless after construction: safe to share between threads and to pickle.
+    Construct with ``(settings, limits, raw)``. Stateless after construction: safe to share between threads and to
+    pickle. `raw`: its clips end before the last steps, which `finish` does for a whole batch, on whatever device.
     """
 
     name: ClassVar[str]
@@ -98,8 +102,12 @@ class Modality(Protocol):
     deviation: ClassVar[float]
     """Standard deviation of a clip's values where `settings.mean` and `std` are those of the data."""
 
+    raw_is_small: ClassVar[bool]
+    """Whether raw values take less room than finished ones, so that training has them from its loaders."""
+
     settings: Any
     limits: Limits
+    raw: bool
 
     @property
     def patch(self) -> tuple[int, ...]:
@@ -134,6 +142,13 @@ class Modality(Protocol):
 
         Raises:
             ClipError
+        """
+        ...
+
+    def finish(self, values: torch.Tensor, extent: torch.Tensor | None) -> torch.Tensor:
+        """Raw clips as a model takes them: float32 ``[B, C, *size]``, on the device of `values`.
+
+        values: ``[B, ...]`` of a raw modality's clips; extent: int64 ``[B]`` of the same, none where all are 0.
         """
         ...
 

@@ -25,44 +25,51 @@ def frame_count(samples: int) -> int:
 
 
 def fbank(waveform: torch.Tensor, mel_bins: int) -> torch.Tensor:
-    """Log-mel energies of one recording at 16 kHz.
+    """Log-mel energies of recordings at 16 kHz, on any device.
 
     Equal to the last bit to ``torchaudio.compliance.kaldi.fbank(htk_compat=True, use_energy=False,
     window_type="hanning", dither=0.0, frame_shift=10, num_mel_bins=mel_bins)``, in less time: the filters are kept
-    and the steps work in place.
+    and the steps work in place. Elsewhere than on a CPU the filters' product is in float64, since TF32 may be on.
 
     Args:
-        waveform: float32 ``[samples]``, at least 400 of them.
+        waveform: float32 ``[..., samples]``, at least 400 of them.
         mel_bins: number of mel bands.
 
     Returns:
-        float32 ``[frame_count(samples), mel_bins]``.
+        float32 ``[..., frame_count(samples), mel_bins]``.
 
     Raises:
         ValueError: shorter than one window.
     """
-    if len(waveform) < WINDOW:
-        raise ValueError(f"found {len(waveform)} samples, expected at least one window of {WINDOW}; pad the waveform")
-    framed = waveform.unfold(0, WINDOW, HOP)
+    if waveform.shape[-1] < WINDOW:
+        raise ValueError(
+            f"found {waveform.shape[-1]} samples, expected at least one window of {WINDOW}; pad the waveform"
+        )
+    framed = waveform.unfold(-1, WINDOW, HOP)
+    shape = (*framed.shape[:-1], mel_bins)
+    framed = framed.reshape(-1, WINDOW)
     framed = framed - framed.mean(dim=1, keepdim=True)
     scaled = framed * _PREEMPHASIS
-    padded = torch.zeros(len(framed), _FFT)
+    padded = torch.zeros(len(framed), _FFT, device=waveform.device)
     emphasised = padded[:, :WINDOW]
     # Multiplied and subtracted in two steps: a fused one rounds differently from torchaudio.
     torch.sub(framed[:, 1:], scaled[:, :-1], out=emphasised[:, 1:])
     torch.sub(framed[:, 0], scaled[:, 0], out=emphasised[:, 0])
-    emphasised.mul_(_hanning())
+    emphasised.mul_(_hanning(waveform.device))
     power = torch.fft.rfft(padded).abs().square_()
-    return torch.mm(power, _filters(mel_bins)).clamp_(min=torch.finfo(torch.float32).eps).log_()
-
-
-@lru_cache(maxsize=1)
-def _hanning() -> torch.Tensor:
-    return torch.hann_window(WINDOW, periodic=False, dtype=torch.float32)
+    filters = _filters(mel_bins, waveform.device)
+    energies = torch.mm(power.to(filters), filters).float()
+    return energies.clamp_(min=torch.finfo(torch.float32).eps).log_().view(shape)
 
 
 @lru_cache(maxsize=8)
-def _filters(mel_bins: int) -> torch.Tensor:
-    """float32 ``[257, mel_bins]``; the last row, the Nyquist frequency, is zero as in Kaldi."""
+def _hanning(device: torch.device) -> torch.Tensor:
+    return torch.hann_window(WINDOW, periodic=False, dtype=torch.float32).to(device)
+
+
+@lru_cache(maxsize=16)
+def _filters(mel_bins: int, device: torch.device) -> torch.Tensor:
+    """``[257, mel_bins]``, float32 on CPUs, else float64; the last row, the Nyquist frequency, is zero as in Kaldi."""
     banks, _ = get_mel_banks(mel_bins, _FFT, float(SAMPLE_RATE), _LOWEST_HZ, 0.0, 100.0, -500.0, 1.0)
-    return torch.nn.functional.pad(banks.to(torch.float32), (0, 1)).T
+    filters = torch.nn.functional.pad(banks.to(torch.float32), (0, 1)).T
+    return filters if device.type == "cpu" else filters.to(device, torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -97,10 +98,13 @@ class Image:
     settings_class: ClassVar[type[Settings]] = ImageSettings
     channels: ClassVar[int] = 3
     deviation: ClassVar[float] = 1.0
+    raw_is_small: ClassVar[bool] = True
 
-    def __init__(self, settings: ImageSettings, limits: Limits | None = None) -> None:
+    def __init__(self, settings: ImageSettings, limits: Limits | None = None, raw: bool = False) -> None:
+        """raw: clips are uint8, before they are normalised."""
         self.settings = settings
         self.limits = limits or Limits()
+        self.raw = raw
 
     @property
     def patch(self) -> tuple[int, ...]:
@@ -143,6 +147,10 @@ class Image:
         """
         image, orientation = self._open(data)
         yield self._clip(image, orientation, centre_box(_upright_size(image, orientation), self.settings.size))
+
+    def finish(self, values: torch.Tensor, extent: torch.Tensor | None) -> torch.Tensor:
+        """uint8 ``[B, 3, H, W]``, normalised."""
+        return normalise(values, self.settings.mean, self.settings.std, axes=2)
 
     @property
     def features(self) -> dict[str, Any]:
@@ -207,7 +215,7 @@ class Image:
         )  # uint8 [3, H, W]
         if flip:
             pixels = functional.horizontal_flip(pixels)
-        values = normalise(pixels, self.settings.mean, self.settings.std)
+        values = pixels.contiguous() if self.raw else normalise(pixels, self.settings.mean, self.settings.std, axes=2)
         return Clip(values=values, grid=self.grid, valid=self.grid["height"])
 
 
@@ -278,13 +286,20 @@ def centre_box(size: tuple[int, int], target: tuple[int, int]) -> Box:
     return left, top, left + w, top + h
 
 
-def normalise(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 ``[3, *size]`` to float32 ``(x / 255 - mean) / std``."""
-    shape = (-1,) + (1,) * (pixels.dim() - 1)
-    scale = 1 / (255 * torch.tensor(std, dtype=torch.float32))
-    shift = -torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)
-    values = pixels.contiguous().to(torch.float32)
-    return values.mul_(scale.view(shape)).add_(shift.view(shape))
+def normalise(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], axes: int) -> torch.Tensor:
+    """uint8 ``[..., 3, *size]``, of so many `axes` behind the colour, to float32 ``(x / 255 - mean) / std``."""
+    scale, shift = _affine(mean, std, axes, pixels.device)
+    return pixels.contiguous().to(torch.float32).mul_(scale).add_(shift)
+
+
+@lru_cache(maxsize=32)
+def _affine(
+    mean: tuple[float, ...], std: tuple[float, ...], axes: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factor and summand, float32 ``[3, 1, ...]``; kept on the device, so that no batch waits for a copy."""
+    deviation = torch.tensor(std, dtype=torch.float32)
+    scale, shift = 1 / (255 * deviation), -torch.tensor(mean, dtype=torch.float32) / deviation
+    return tuple(part.view(-1, *(1,) * axes).to(device) for part in (scale, shift))  # type: ignore[return-value]
 
 
 def unscaled(values: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:

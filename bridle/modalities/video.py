@@ -64,10 +64,13 @@ class Video:
     settings_class: ClassVar[type[Settings]] = VideoSettings
     channels: ClassVar[int] = 3
     deviation: ClassVar[float] = 1.0
+    raw_is_small: ClassVar[bool] = True
 
-    def __init__(self, settings: VideoSettings, limits: Limits | None = None) -> None:
+    def __init__(self, settings: VideoSettings, limits: Limits | None = None, raw: bool = False) -> None:
+        """raw: clips are uint8, before they are normalised."""
         self.settings = settings
         self.limits = limits or Limits()
+        self.raw = raw
 
     @property
     def patch(self) -> tuple[int, ...]:
@@ -117,6 +120,10 @@ class Video:
         """
         return self._clips(data, None)
 
+    def finish(self, values: torch.Tensor, extent: torch.Tensor | None) -> torch.Tensor:
+        """uint8 ``[B, 3, T, H, W]``, normalised."""
+        return normalise(values, self.settings.mean, self.settings.std, axes=3)
+
     @property
     def features(self) -> dict[str, Any]:
         return {}
@@ -140,7 +147,9 @@ class Video:
 
     def _clips(self, data: bytes, draws: Draws | None) -> Iterator[Clip]:
         for header, pixels in self._answers(data, draws):
-            values = normalise(torch.from_numpy(pixels), self.settings.mean, self.settings.std)
+            values = torch.from_numpy(pixels).contiguous()
+            if not self.raw:
+                values = normalise(values, self.settings.mean, self.settings.std, axes=3)
             yield Clip(values=values, grid=self.grid, **header)
 
     def _answers(self, data: bytes, draws: Draws | None) -> Iterator[tuple[dict[str, Any], np.ndarray]]:

@@ -17,7 +17,7 @@ from bridle.modeling.patches import content_mask
 from bridle.modeling.target import TargetScale, target_sums
 from bridle.modeling.tokenizer import Tokenizer
 from bridle.training.auto_clip import warn_of_other_statistics
-from bridle.training.clips import to_device
+from bridle.training.clips import Delivery, raw_modality
 from bridle.training.engine import split_batch
 from bridle.training.ranks import Ranks
 
@@ -44,16 +44,17 @@ def initialise_codebooks(
     latents: list[Tensor] = []
     kept: list[Tensor] = []
     positions: list[int] = []
+    deliver = Delivery(raw_modality(recipe), ranks.device)
     for batch in _batches(stream, recipe, ranks, 1):
         look()
-        tensors = to_device(batch.tensors, ranks.device)
+        tensors = deliver(batch.tensors)
         with torch.no_grad():
             found = tokenizer.latents(tensors["values"], _valid(tensors, tokenizer.patch.count)).float()
         count = found.shape[1]
         if ranks.first and not latents:
             valid = count - batch.tensors["padding"]
             warn_of_other_statistics(
-                tokenizer.patch.cut(batch.tensors["values"]), content_mask(valid, count), deviation
+                tokenizer.patch.cut(tensors["values"].cpu()), content_mask(valid, count), deviation
             )
         valid = count - batch.tensors["padding"].to(ranks.device)
         chosen, distinct = spread(valid, count, INITIAL_LATENTS // recipe.train.batch_size)
@@ -85,9 +86,10 @@ def fit_target(
     teacher.to(ranks.device).eval()
     scale.to(ranks.device)
     sums = torch.zeros(1 + 2 * teacher.width, dtype=torch.float64, device=ranks.device)
+    deliver = Delivery(raw_modality(recipe), ranks.device)
     for batch in _batches(stream, recipe, ranks, TARGET_BATCHES):
         look()
-        tensors = to_device(batch.tensors, ranks.device)
+        tensors = deliver(batch.tensors)
         valid = _valid(tensors, teacher.patch.count)
         with torch.no_grad(), torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16):
             embeddings = teacher.embeddings(tensors["values"], valid)

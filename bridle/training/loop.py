@@ -15,7 +15,7 @@ from bridle.config import DataSettings, TrainedPhase, TrainSettings
 from bridle.data.stream import MicroBatch, Stream
 from bridle.evaluation.health import verdict
 from bridle.training.checkpoints import PhaseCheckpoints, Position
-from bridle.training.clips import to_device
+from bridle.training.clips import Delivery
 from bridle.training.engine import learning_rate, set_learning_rate, split_batch
 from bridle.training.keeper import Keeper
 from bridle.training.measures import Sums, evaluate, usage_counts, usage_shares
@@ -80,6 +80,7 @@ class PhaseRun:
     where: str
     """The run folder, for messages."""
     rate: Rate
+    deliver: Delivery
 
     def run(self, position: Position) -> Position:
         """Trains from `position` to the end of the phase.
@@ -148,7 +149,7 @@ class PhaseRun:
             batch = next(batches)
             self.watchdog.at(f"{self._name} forward and backward")
             window.parts.begin("forward")
-            loss, metrics, codes, *_ = self.engine(*self.job.inputs(to_device(batch.tensors, self.ranks.device)))
+            loss, metrics, codes, *_ = self.engine(*self.job.inputs(self.deliver(batch.tensors)))
             window.parts.begin("backward")
             self.engine.backward(loss)
             window.parts.begin("optimizer")
@@ -245,7 +246,15 @@ class PhaseRun:
         """Between two windows: uses the job's counts of codes."""
         assert self.heldout is not None
         found = evaluate(
-            self.engine, self.job, self.heldout, self.train, self.data, self.ranks, self.stop, self.watchdog
+            self.engine,
+            self.job,
+            self.heldout,
+            self.train,
+            self.data,
+            self.ranks,
+            self.stop,
+            self.watchdog,
+            self.deliver,
         )
         if found is None:
             self._save_and_stop(position, sums)

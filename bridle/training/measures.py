@@ -11,7 +11,7 @@ from torch import Tensor
 from bridle.config import DataSettings, TrainSettings
 from bridle.data.stream import MicroBatch, Stream
 from bridle.evaluation.codebooks import code_usage_rate, perplexity
-from bridle.training.clips import to_device
+from bridle.training.clips import Delivery
 from bridle.training.engine import split_batch
 from bridle.training.phases import PhaseJob
 from bridle.training.ranks import Ranks
@@ -116,6 +116,7 @@ def evaluate(
     ranks: Ranks,
     stop: StopRequest,
     watchdog: Watchdog,
+    deliver: Delivery,
 ) -> tuple[list[float], dict[str, Any]] | None:
     """Means of the phase's metrics, codebook usage and health over held-out clips, the same number on every rank.
 
@@ -133,7 +134,7 @@ def evaluate(
     ):  # fmt: skip
         watchdog.at("evaluation")
         vote = ranks.vote(stop.asked)
-        inputs = job.inputs(to_device(batch.tensors, ranks.device))
+        inputs = job.inputs(deliver(batch.tensors))
         outputs = engine(*inputs)
         sums.add(outputs[1], batch)
         job.count(outputs[2])

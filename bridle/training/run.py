@@ -39,7 +39,7 @@ from bridle.training.checkpoints import (
     part_states,
     read_position,
 )
-from bridle.training.clips import MakeClip
+from bridle.training.clips import Delivery, MakeClip, raw_modality
 from bridle.training.engine import build_engine, resolve_ds_config, uses_bf16
 from bridle.training.first_batches import fit_target, initialise_codebooks
 from bridle.training.flops import ClipFlops
@@ -107,6 +107,7 @@ class PretrainingRun:
         self.modality = build_modality(recipe.modality, recipe.clip)
         self.ds_config = resolve_ds_config(ds_config, where, recipe.train, ranks.world)
         self.bf16 = uses_bf16(self.ds_config)
+        self.deliver = Delivery(raw_modality(recipe), ranks.device)
         patch = patch_shape(self.modality)
         self.components = Components(recipe.model, patch)
         self.flops = ClipFlops(recipe, patch, tuple(self.modality.grid.values()))
@@ -211,14 +212,14 @@ class PretrainingRun:
 
     def _stream(self, index: int, masked: bool, origin: int = 0) -> Stream:
         data = self.recipe.data
-        make = MakeClip(self.modality, self.recipe.mask if masked else None, augment=True)
+        make = MakeClip(self.deliver.modality, self.recipe.mask if masked else None, augment=True)
         seed, block, window = self._seed(index, 0), data.shuffle_block, data.shuffle_window
         return Stream(self.shards, make, seed=seed, block=block, window=window, origin=origin)
 
     def _heldout_stream(self, masked: bool) -> Stream | None:
         if self.heldout is None:
             return None
-        make = MakeClip(self.modality, self.recipe.mask if masked else None, augment=False)
+        make = MakeClip(self.deliver.modality, self.recipe.mask if masked else None, augment=False)
         return Stream(self.heldout, make, seed=self.recipe.seed, block=1, window=1, shuffle=False)
 
     def _cold_start(self, index: int, keeper: Keeper) -> None:
@@ -263,7 +264,7 @@ class PretrainingRun:
         position = PhaseRun(
             index, phase, job, engine, stream, self._heldout_stream(job.masked), length,
             self.recipe.train, self.recipe.data, self.ranks, checkpoints, keeper, run_log, self.stop, self.watchdog,
-            self.where, Rate(self.flops.of_phase(index), self.peak),
+            self.where, Rate(self.flops.of_phase(index), self.peak), self.deliver,
         ).run(position)  # fmt: skip
         self.watchdog.at(f"[{index} {job.kind}] writing the result")
         found = part_states(engine, job.parts, self.ranks)

@@ -15,7 +15,7 @@ from bridle.modeling.masking import draw_mask
 from bridle.training.phases import PhaseJob
 from bridle.training.ranks import Ranks
 
-JOINT = "phases=[{kind: cold_start}, {kind: joint, steps: 2, lr: 0.1, tokenizer_every: 4}]"
+JOINT = "phases=[{kind: cold_start}, {kind: joint, steps: 2, lr: 0.1, tokenizer_every: 4, target: raw}]"
 SMALL = ["train.batch_size=2", "model.estimator.attention=true"]
 
 
