@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("bridle").setLevel(logging.WARNING)
     from bridle.files import write_json
     from bridle.measuring.bench import bench_phase
-    from bridle.measuring.workbench import Workbench, with_batch
+    from bridle.measuring.workbench import Workbench, trained_phases, with_batch
     from bridle.settings import RecipeError
     from bridle.training.engine import read_ds_config
     from bridle.training.rendezvous import join, leave
@@ -54,18 +54,18 @@ def run(args: argparse.Namespace) -> int:
         if (number := getattr(args, name)) is not None and number < 1:
             raise RecipeError(f"--{name.replace('_', '-')} {number}: expected at least 1")
     recipe, config = step_recipe(args), read_ds_config(args.deepspeed_config)
+    trained = trained_phases(recipe)
+    if unknown := set(args.phase or []) - set(trained):
+        raise RecipeError(f"--phase {min(unknown)}: {args.recipe} trains in phases {trained}")
     ranks = join(recipe.train.collective_timeout)
     try:
         with tempfile.TemporaryDirectory() as folder:
             recipe = with_batch(recipe, args.micro_batch, args.accumulation, ranks.world)
             bench = Workbench(recipe, config, args.deepspeed_config, ranks, Path(folder))
-            unknown = set(args.phase or []) - set(bench.trained)
-            if unknown:
-                raise RecipeError(f"--phase {min(unknown)}: {args.recipe} trains in phases {bench.trained}")
             if ranks.first:
                 print(_heading(args, bench), flush=True)
             found = []
-            for index in args.phase or bench.trained:
+            for index in args.phase or trained:
                 found.append(
                     bench_phase(bench, index, args.rounds, args.steps, not args.no_reference, not args.no_kernels)
                 )

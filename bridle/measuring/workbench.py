@@ -67,11 +67,6 @@ class Workbench:
             extensions=self.modality.extensions, cache=recipe.data.cache, cache_gb=recipe.data.cache_gb,
         )  # fmt: skip
 
-    @property
-    def trained(self) -> list[int]:
-        """Indices of the phases that train."""
-        return [i for i, phase in enumerate(self.recipe.phases) if not isinstance(phase, ColdStartPhase)]
-
     def phase(self, index: int) -> PhaseRun:
         """Phase `index`, at its first step."""
         settings, recipe = self.recipe.phases[index], self.recipe
@@ -119,6 +114,11 @@ class Workbench:
 
     def _tokenizer(self) -> LearnedTokenizer:
         return _initialised(self.make.tokenizer(4))
+
+
+def trained_phases(recipe: Recipe) -> list[int]:
+    """Indices of the phases that train."""
+    return [i for i, phase in enumerate(recipe.phases) if not isinstance(phase, ColdStartPhase)]
 
 
 def with_batch(recipe: Recipe, micro: int | None, accumulation: int, world: int) -> Recipe:
