@@ -6,15 +6,13 @@ anywhere else. `load_recipe` merges a shipped or user-written file with ``dotted
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from importlib import resources
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
-from bridle.settings import RecipeError, Settings, apply_override, nearest, parse_settings
+from bridle.recipe_files import read_recipe_file
+from bridle.settings import RecipeError, Settings, nearest, parse_settings
 
 Positive = Annotated[int, Field(gt=0)]
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -191,8 +189,10 @@ class ColdStartPhase(Settings):
 
 
 class TrainedPhase(Settings):
-    """What encoder and tokenizer phases share: a length and a learning rate."""
+    """What all phases but the cold start share: a length and a learning rate."""
 
+    kind: str
+    """What is trained."""
     lr: Annotated[float, Field(gt=0)]
     """Peak learning rate: linear warm-up, then cosine to 0."""
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -255,8 +255,8 @@ class JointPhase(TrainedPhase):
 Phase = Annotated[ColdStartPhase | EncoderPhase | TokenizerPhase | JointPhase, Field(discriminator="kind")]
 
 
-class Recipe(Settings):
-    """One run."""
+class RunSettings(Settings):
+    """What every run has, whatever it trains."""
 
     modality: str
     """Name in the registry of modalities."""
@@ -264,10 +264,17 @@ class Recipe(Settings):
     """Seed of weights, order, augmentation and masks."""
     clip: dict[str, Any] = Field(default_factory=dict)
     """The modality's own settings (see bridle/modalities/)."""
-    model: ModelSettings
-    mask: MaskSettings = MaskSettings()
     data: DataSettings = DataSettings()
     train: TrainSettings
+    phases: Sequence[ColdStartPhase | TrainedPhase]
+    """What is trained, one after another."""
+
+
+class Recipe(RunSettings):
+    """One pretraining run."""
+
+    model: ModelSettings
+    mask: MaskSettings = MaskSettings()
     phases: Annotated[list[Phase], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -300,22 +307,13 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
 """What `model.size` stands for; keys given beside it win."""
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the recipes inside the package."""
-    folder = resources.files("bridle") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """Reads a shipped recipe by name or a YAML file by path, and applies ``dotted.key=value`` overrides.
 
     Raises:
         RecipeError: unknown recipe, unknown key, wrong value, malformed YAML or override.
     """
-    raw = _read(name)
-    for override in overrides:
-        apply_override(raw, override)
-    return recipe_from_mapping(raw, name)
+    return recipe_from_mapping(read_recipe_file(name, overrides), name)
 
 
 def recipe_from_mapping(raw: Mapping[str, Any], where: str) -> Recipe:
@@ -328,29 +326,6 @@ def recipe_from_mapping(raw: Mapping[str, Any], where: str) -> Recipe:
     if isinstance(raw.get("model"), Mapping):
         raw["model"] = _expand_size(raw["model"], where)
     return parse_settings(Recipe, raw, f"recipe {where}")
-
-
-def _read(name: str) -> dict[str, Any]:
-    path = Path(name)
-    if path.suffix in {".yaml", ".yml"}:
-        if not path.is_file():
-            raise RecipeError(f"recipe {name}: no such file; give a path to a YAML file or one of: {_names()}")
-        text = path.read_text(encoding="utf-8")
-    elif name in shipped_recipes():
-        text = (resources.files("bridle") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        raise RecipeError(f"recipe '{name}' is unknown{nearest(name, shipped_recipes())} (or give a FILE.yaml)")
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {name}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"recipe {name}: found {type(raw).__name__}, expected a mapping of settings")
-    return raw
-
-
-def _names() -> str:
-    return ", ".join(shipped_recipes())
 
 
 def _expand_size(model: Mapping[str, Any], where: str) -> dict[str, Any]:

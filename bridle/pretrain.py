@@ -13,13 +13,14 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bridle.training.foreign_warnings import NAME as WARNINGS
+from bridle.training.attended import attended
 from bridle.training.foreign_warnings import ForeignWarnings
-from bridle.training.stopping import STOPPED, StoppedError, StopRequest
+from bridle.training.stopping import StopRequest
 
 if TYPE_CHECKING:
     from bridle.config import DataSource
@@ -68,8 +69,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when the run is done, 75 when it was asked to stop, 2 on a wrong argument or a run folder in use, 1 on
     failure; see docs/training.md, "Exit codes"."""
+    return begin("pretrain", __file__, lambda stop, foreign: pretrain(parse(arguments), stop, foreign))
+
+
+def begin(program: str, script: str, job: Callable[[StopRequest, ForeignWarnings], int]) -> int:
+    """Listens for signals, then runs `job`; a mistake of the user becomes one line and an exit code.
+
+    script: the path of the file that was started.
+    """
     # A script's folder stands first on the path, where bridle/ray.py would be taken for Ray by whoever imports that.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(script).resolve().parent]
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -78,67 +87,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost peer costs pages of C++ frames
     from bridle.cli import report_mistakes
 
-    return report_mistakes("pretrain", lambda: pretrain(parse(arguments), stop, foreign))
+    return report_mistakes(program, lambda: job(stop, foreign))
 
 
 def pretrain(args: argparse.Namespace, stop: StopRequest, foreign: ForeignWarnings) -> int:
-    """Takes the run folder's lock, meets the other ranks and runs."""
+    """Reads the recipe and runs it."""
     from bridle.config import load_recipe
     from bridle.modalities import REGISTRY
-    from bridle.processes.template import start_template
     from bridle.training.engine import read_ds_config
-    from bridle.training.lock import LocalLockFile, RunLock
-    from bridle.training.ranks import is_lost_peer
-    from bridle.training.remote_run import RemoteRun
-    from bridle.training.remote_store import is_remote
-    from bridle.training.rendezvous import join, leave
     from bridle.training.run import PretrainingRun
 
     recipe = load_recipe(args.recipe, overrides(args))
-    first = os.environ.get("RANK", "0") == "0"
-    if first and not recipe.data.heldout:
+    if os.environ.get("RANK", "0") == "0" and not recipe.data.heldout:
         log.warning("%s", no_heldout(recipe.data.mixture))
     ds_config = read_ds_config(args.deepspeed_config)
     where = args.run or f"runs/{Path(args.recipe).stem}"
-    store = RemoteRun(where) if is_remote(where) else None
-    folder = store.folder if store else Path(where)
-    lock = RunLock(store.lock_file() if store else LocalLockFile(folder), where, lost=end_at_once)
-    try:
-        stop.before_leaving.append(lock.release)
-        if recipe.data.workers:
-            start_template("bridle.data.stream", "bridle.training.clips", REGISTRY[recipe.modality].partition(":")[0])
-        ranks = join(recipe.train.collective_timeout, admit=lock.acquire)
-        run = PretrainingRun(
-            recipe, ds_config, args.deepspeed_config, folder, ranks, stop, lock, store, args.allow_new_data, args.origin
-        )
-        foreign.file = folder / WARNINGS if first else None
-        with stop.deferred():
-            run.run()
-    except RuntimeError as error:
-        if not is_lost_peer(error):
-            raise
-        print(
-            "pretrain: error: lost another rank, which stopped or was killed; what it printed says why."
-            " Start the same command again to go on from the last checkpoint",
-            file=sys.stderr,
-        )
-        return STOPPED  # the rank that was lost has the exit code that counts
-    except StoppedError:
-        reason = stop.reason or "a signal to another rank"
-        log.info("stopped by %s; the same command goes on from there (%s)", reason, where)
-        return STOPPED
-    finally:
-        foreign.flush()
-        leave()
-        lock.release()
-    log.info("done: %s/models/final", where)
-    return 0
-
-
-def end_at_once(why: str) -> None:
-    """Ends this process where nothing may be written any more; its peers notice."""
-    print(f"pretrain: error: {why}; nothing more was written", file=sys.stderr, flush=True)
-    os._exit(1)
+    make = partial(
+        PretrainingRun, recipe, ds_config, args.deepspeed_config, allow_new_data=args.allow_new_data, origin=args.origin
+    )
+    loaders = ("bridle.data.stream", "bridle.training.clips", REGISTRY[recipe.modality].partition(":")[0])
+    code = attended(
+        "pretrain", where, recipe.train.collective_timeout, make, stop, foreign, loaders if recipe.data.workers else ()
+    )
+    if not code:
+        log.info("done: %s/models/final", where)
+    return code
 
 
 def no_heldout(sources: Sequence[DataSource]) -> str:

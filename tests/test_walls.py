@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LONGEST_FILE = 400
 BELOW = {
     "settings": set(),
-    "config": {"settings"},
+    "config": {"settings", "recipe_files"},
+    "recipe_files": {"settings"},
+    "finetune_recipe": {"config", "recipe_files", "settings"},
+    "classifier": {"model", "model_folder", "config", "settings", "files", "modalities", "modeling", "hub"},
     "files": set(),
     "home": {"settings"},
     "cores": set(),
@@ -39,6 +42,7 @@ BELOW = {
         "modeling",
         "data",
         "model_folder",
+        "classifier",
         "tokens",
     },
     "training": {
@@ -51,12 +55,15 @@ BELOW = {
         "modeling",
         "data",
         "model_folder",
+        "classifier",
+        "finetune_recipe",
         "tokens",
         "evaluation",
     },
     "measuring": {"config", "settings", "modalities", "modeling", "data", "model_folder", "training"},
     "serving": {
         "model",
+        "classifier",
         "processes",
         "config",
         "settings",
@@ -83,7 +90,7 @@ PROCESS_LIBRARIES: dict[str, set[str]] = {
     "mmap": set(),
 }
 """Libraries of `bridle/processes`, and the files elsewhere that have another use for them."""
-DOORS = {"cli", "pretrain", "commands", "ray", "hf", "hear"}
+DOORS = {"cli", "pretrain", "finetune", "commands", "ray", "hf", "hear"}
 ONLY_IN = {
     "deepspeed": {"training", "diagnostics"},
     "fastapi": {"serving"},

@@ -24,32 +24,33 @@ class Components:
 
     def encoder(self, seed: int) -> Encoder:
         """E."""
-        with _seeded(seed):
+        with seeded(seed):
             return Encoder(self.settings.encoder, self.patch)
 
     def decoder(self, seed: int) -> Decoder:
         """D."""
-        with _seeded(seed):
+        with seeded(seed):
             return Decoder(self.settings.decoder, self.settings.encoder, self.settings.quantizer)
 
     def cold_start_tokenizer(self, seed: int) -> ColdStartTokenizer:
         """Iteration 1's tokenizer."""
-        with _seeded(seed):
+        with seeded(seed):
             return ColdStartTokenizer(self.settings.quantizer, self.patch)
 
     def tokenizer(self, seed: int) -> LearnedTokenizer:
         """T."""
-        with _seeded(seed):
+        with seeded(seed):
             return LearnedTokenizer(self.settings.encoder, self.settings.quantizer, self.patch)
 
     def estimator(self, seed: int) -> Estimator:
         """TE."""
-        with _seeded(seed):
+        with seeded(seed):
             return Estimator(self.settings.estimator, self.settings.encoder, self.settings.quantizer)
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Weights drawn inside depend on the seed alone; what is drawn after it goes on as before."""
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
         torch.manual_seed(seed)
         yield

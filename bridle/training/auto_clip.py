@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from bridle.config import Recipe
+from bridle.config import RunSettings
 from bridle.data.shards import open_shards
 from bridle.evaluation.data_statistics import read
 from bridle.modalities import build_modality
 from bridle.settings import RecipeError
 from bridle.training.ranks import Ranks
-from bridle.training.run_folder import read_run_recipe
+from bridle.training.run_folder import recipe_of
 
 log = logging.getLogger("bridle")
+SettingsT = TypeVar("SettingsT", bound=RunSettings)
 AUTO = "auto"
 FIGURES = ("mean", "std")
 FAR_MEAN = 1.0
@@ -25,7 +26,7 @@ FAR_STD = 1.6
 """Factor by which a batch's deviation may be off before a warning."""
 
 
-def with_figures(recipe: Recipe, run: Path, ranks: Ranks) -> Recipe:
+def with_figures(recipe: SettingsT, run: Path, ranks: Ranks) -> SettingsT:
     """The recipe with numbers where its clip section says auto; of a run that has begun, those it began with.
 
     Rank 0 reads them, so that no two ranks have others.
@@ -42,9 +43,9 @@ def with_figures(recipe: Recipe, run: Path, ranks: Ranks) -> Recipe:
     return recipe.model_copy(update={"clip": recipe.clip | found})
 
 
-def _figures(recipe: Recipe, run: Path, wanted: list[str]) -> dict[str, Any]:
+def _figures(recipe: RunSettings, run: Path, wanted: list[str]) -> dict[str, Any]:
     if (run / "recipe.yaml").is_file():
-        begun = read_run_recipe(run).clip
+        begun = recipe_of(run, type(recipe)).clip
         return {name: begun[name] for name in wanted}
     settings = {name: value for name, value in recipe.clip.items() if name not in wanted}
     modality = build_modality(recipe.modality, settings)

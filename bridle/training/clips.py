@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridle.config import MaskSettings, Recipe
+from bridle.config import MaskSettings, RunSettings
 from bridle.modalities import build_modality, modality_class
 from bridle.modalities.clip import Modality
 from bridle.modeling.masking import draw_mask, hidden_count, split_positions
@@ -40,7 +40,7 @@ class MakeClip:
         return tensors
 
 
-def raw_modality(recipe: Recipe) -> Modality:
+def raw_modality(recipe: RunSettings) -> Modality:
     """What training has from its loaders: raw clips where they are smaller, or where the recipe asks for them."""
     raw = modality_class(recipe.modality).raw_is_small or recipe.data.features_on_device
     return build_modality(recipe.modality, recipe.clip, raw=raw)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from bridle.config import TrainSettings
 from bridle.settings import RecipeError
 from bridle.training.optimizer_state import create_state, set_step
 
-RESTS, BETAS = "rests", "own_betas"
-"""Keys of a parameter group: whether it rests in some steps, and its betas in those in which it does not."""
+RESTS, BETAS, RATE = "rests", "own_betas", "share_of_the_rate"
+"""Keys of a parameter group: whether it rests in some steps, its betas in those in which it does not, and the share of
+the learning rate that it gets."""
 FULL_MEMORY = 1.0 - 1e-12
 """A beta that leaves float32 moments as they are, and is not 1, by which Adam would divide zero by zero."""
 SECTIONS_OF_THE_RECIPE = {
@@ -127,26 +128,37 @@ def uses_bf16(ds_config: Mapping[str, Any]) -> bool:
 
 
 def build_engine(
-    module: nn.Module, ds_config: Mapping[str, Any], train: TrainSettings, lr: float, slow: str | None = None
+    module: nn.Module,
+    ds_config: Mapping[str, Any],
+    train: TrainSettings,
+    lr: float,
+    slow: str | None = None,
+    rate_of: Callable[[str], float] | None = None,
 ) -> Any:
     """Wraps a phase's module; its optimizer is torch's AdamW, which compiles nothing.
 
-    slow: name of the child whose weights rest in some steps (see `rest`).
+    slow: name of the child whose weights rest in some steps (see `SlowStep`); rate_of: from a parameter's name to the
+    share of the learning rate that it gets; none: all of it.
     """
     import deepspeed
 
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             decayed, rests = (
                 parameter.ndim == 2 and "bias" not in name,
                 slow is not None and name.startswith(f"{slow}."),
             )
-            groups.setdefault((rests, not decayed), []).append(parameter)
+            groups.setdefault((rests, not decayed, rate_of(name) if rate_of else 1.0), []).append(parameter)
     optimizer = torch.optim.AdamW(
         [
-            {"params": groups[rests, plain], "weight_decay": 0.0 if plain else train.weight_decay, RESTS: rests}
-            for rests, plain in sorted(groups)
+            {
+                "params": groups[rests, plain, rate],
+                "weight_decay": 0.0 if plain else train.weight_decay,
+                RESTS: rests,
+                RATE: rate,
+            }
+            for rests, plain, rate in sorted(groups)
         ],
         lr=lr,
         betas=train.betas,
@@ -164,7 +176,7 @@ def learning_rate(peak: float, step: int, warmup: int, total: int) -> float:
 
 
 def set_learning_rate(engine: Any, lr: float, slow: SlowStep | None = None) -> None:
-    """Sets it for all parameter groups.
+    """Sets it for all parameter groups, each its share.
 
     slow: of the child that `build_engine` was told rests in some steps. A step at rest changes neither its weights nor
     their moments, and the bias correction counts its own steps.
@@ -172,7 +184,7 @@ def set_learning_rate(engine: Any, lr: float, slow: SlowStep | None = None) -> N
     for group in engine.optimizer.param_groups:
         at_rest = slow is not None and slow.rests and group[RESTS]
         own = group.setdefault(BETAS, group["betas"])
-        group["lr"] = 0.0 if at_rest else lr
+        group["lr"] = 0.0 if at_rest else lr * group[RATE]
         group["betas"] = (FULL_MEMORY, FULL_MEMORY) if at_rest else own
         if slow is not None and group[RESTS]:
             set_step(engine, group["params"], slow.steps)

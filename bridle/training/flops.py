@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from bridle.config import EncoderPhase, JointPhase, Recipe
+from bridle.config import EncoderPhase, EncoderSettings, JointPhase, Recipe
 from bridle.modeling.masking import hidden_count
 from bridle.modeling.patches import PatchShape
 from bridle.training.schedule import cold_start_of, tokenizer_phase_of
@@ -76,10 +76,7 @@ class ClipFlops:
 
     def encoder(self, positions: int, times: int = 1) -> float:
         """An encoder that sees so many positions, `times` forward passes; no gradient goes back into the patches."""
-        settings = self.model.encoder
-        tokens = positions + settings.class_token
-        embed = _product(positions, self.patch.numel, settings.width)
-        return times * settings.depth * _block(tokens, settings.width) + min(times, 2) * embed
+        return encoder_flops(self.model.encoder, self.patch, positions, times)
 
     def decoder(self) -> float:
         """One forward pass of the decoder, whose logits are those of hidden positions."""
@@ -97,6 +94,13 @@ class ClipFlops:
         if self.model.estimator.attention:
             return depth * _block(self.positions, width)
         return depth * _perceptron(self.positions, width)
+
+
+def encoder_flops(settings: EncoderSettings, patch: PatchShape, positions: int, times: int = 1) -> float:
+    """See `ClipFlops.encoder`."""
+    tokens = positions + settings.class_token
+    embed = _product(positions, patch.numel, settings.width)
+    return times * settings.depth * _block(tokens, settings.width) + min(times, 2) * embed
 
 
 def _product(rows: int, width: int, columns: int) -> float:

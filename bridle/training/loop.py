@@ -114,7 +114,7 @@ class PhaseRun:
         if position.window is not None:
             sums.restore(position.window["sums"], self.ranks, self._micro_batches / position.window["micro_batches"])
             if self.ranks.first:
-                self.job.usage.copy_(torch.tensor(position.window["usage"]))
+                self.job.usage.copy_(torch.tensor(position.window["usage"]).reshape(self.job.usage.shape))
             position.window = None
         return sums
 

@@ -98,7 +98,9 @@ def usage_counts(job: PhaseJob, ranks: Ranks) -> Tensor:
 
 def usage_shares(counts: Tensor) -> dict[str, list[float]]:
     """Per codebook, the share of it that was used, the perplexity, and the share of its most frequent code, which is
-    what always guessing that code would score."""
+    what always guessing that code would score; empty where there are no codebooks."""
+    if not counts.numel():
+        return {}
     return {
         "codebook_usage": code_usage_rate(counts).tolist(),
         "codebook_perplexity": perplexity(counts).tolist(),
@@ -122,7 +124,7 @@ def evaluate(
 
     None on all ranks, as if it had not begun, if any was asked to stop meanwhile.
     """
-    share = max(1, min(len(heldout.shards), train.evaluate_clips) // ranks.world)
+    share = max(1, min(int(heldout.order.samples_per_epoch), train.evaluate_clips) // ranks.world)
     micro = max(size for size in range(1, split_batch(train, ranks.world)[0] + 1) if share % size == 0)
     sums, stopped = Sums(len(job.metric_names), ranks.device), False
     job.usage.zero_()

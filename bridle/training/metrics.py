@@ -122,7 +122,7 @@ class PrometheusMetrics:
         self.mfu.labels(phase).set(row["mfu"])
         self.loss.labels(phase).set(row["loss"])
         self.corrupt.inc(corrupt)
-        for m, share in enumerate(row["codebook_usage"], start=1):
+        for m, share in enumerate(row.get("codebook_usage", ()), start=1):
             self.usage.labels(str(m)).set(share)
 
 
@@ -198,10 +198,14 @@ def progress_line(row: Mapping[str, Any], phase: str, total: int, seconds_left: 
     """One line for a person."""
     parts = [f"{phase} step {row['step']}/{total}", f"loss {row['loss']:.4f}"]
     if "accuracy" in row:
-        parts.append("accuracy " + " ".join(f"{value:.3f}" for value in row["accuracy"]))
+        each = row["accuracy"] if isinstance(row["accuracy"], list) else [row["accuracy"]]
+        parts.append("accuracy " + " ".join(f"{value:.3f}" for value in each))
+    if "mean_average_precision" in row:
+        parts.append(f"mAP {row['mean_average_precision']:.3f}")
     if "cosine" in row:
         parts.append(f"cosine {row['cosine']:.4f}")
-    parts.append("usage " + " ".join(f"{value:.2f}" for value in row["codebook_usage"]))
+    if "codebook_usage" in row:
+        parts.append("usage " + " ".join(f"{value:.2f}" for value in row["codebook_usage"]))
     if row["split"] == "train":
         minutes, seconds = divmod(round(seconds_left), 60)
         hours, minutes = divmod(minutes, 60)

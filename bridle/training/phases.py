@@ -102,11 +102,14 @@ class PhaseJob:
     """Whether clips come with a mask."""
     slow_part: str | None = None
     """Name of the module's child whose weights rest in some steps."""
+    rate_of: Callable[[str], float] | None = None
+    """From a parameter's name to the share of the learning rate that it gets; none: all of it."""
 
-    def __init__(self, quantizer: QuantizerSettings, device: torch.device, bf16: bool) -> None:
+    def __init__(self, quantizer: QuantizerSettings | None, device: torch.device, bf16: bool) -> None:
         self.device = device
         self.bf16 = bf16
-        self.usage = torch.zeros(quantizer.codebooks, quantizer.codebook_size, device=device)
+        size = (0, 1) if quantizer is None else (quantizer.codebooks, quantizer.codebook_size)
+        self.usage = torch.zeros(size, device=device)
 
     @property
     def parts(self) -> dict[str, nn.Module]:

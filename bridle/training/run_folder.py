@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from bridle.config import ColdStartPhase, Recipe
+from bridle.config import ColdStartPhase, Recipe, RunSettings
 from bridle.evaluation.run_folder import read_run
 from bridle.modalities import build_modality
 from bridle.model_folder import save_model
-from bridle.settings import RecipeError
+from bridle.settings import RecipeError, parse_settings
 from bridle.training.checkpoints import PhaseCheckpoints, read_position, read_tensors
 from bridle.training.manifest import check_folder
 from bridle.training.schedule import MAKES_ENCODER, iteration_of, tokenizer_phase_of
 
+SettingsT = TypeVar("SettingsT", bound=RunSettings)
 NOT_FIGURES = {"phase", "phase_index", "split", "step", "samples", "time", "lr", "samples_per_second", "data_wait"}
 """Of a row of metrics.jsonl: what says nothing about the model."""
 FREE_TO_CHANGE = {
@@ -90,18 +91,27 @@ def finished_encoder_phases(run: Path) -> list[int]:
 
 
 def read_run_recipe(run: Path) -> Recipe:
-    """The recipe a run folder was started with.
+    """The recipe a pretraining run's folder was started with.
 
     Raises:
-        RecipeError: no run there.
+        RecipeError: as `recipe_of`.
+    """
+    return recipe_of(run, Recipe)
+
+
+def recipe_of(run: Path, kind: type[SettingsT]) -> SettingsT:
+    """The recipe a run folder was started with, pretraining's or another kind of run's.
+
+    Raises:
+        RecipeError: no run there, or one of another kind.
     """
     path = run / "recipe.yaml"
     if not path.is_file():
         raise RecipeError(f"{run}: no recipe.yaml there; give a run folder, such as runs/audio-mini")
-    return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return parse_settings(kind, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
 
 
-def check_same_recipe(run: Path, recipe: Recipe, *, other_names: bool = False, any_data: bool = False) -> None:
+def check_same_recipe(run: Path, recipe: RunSettings, *, other_names: bool = False, any_data: bool = False) -> None:
     """Refuses to go on with other science than the run began with.
 
     other_names: shards may be named otherwise, as their content is compared elsewhere; any_data: and weigh otherwise.
@@ -111,7 +121,8 @@ def check_same_recipe(run: Path, recipe: Recipe, *, other_names: bool = False, a
     """
     if not (run / "recipe.yaml").is_file():
         return
-    before, now = flatten(read_run_recipe(run).model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
+    before = flatten(recipe_of(run, type(recipe)).model_dump(mode="json"))
+    now = flatten(recipe.model_dump(mode="json"))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     weighed = {key for key in before.keys() & now.keys() if key.endswith(".weight")}
     data = {key for key in changed if key.startswith(DATA_NAMES) and (any_data or (other_names and key not in weighed))}

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from bridle.cli import COMMANDS
-from bridle.config import load_recipe, shipped_recipes
+from bridle.config import load_recipe
 from bridle.pretrain import overrides, parse
+from bridle.recipe_files import shipped_recipes
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

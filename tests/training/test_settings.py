@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from launching import TINY, pretrain
 
 from bridle import pretrain as door
-from bridle.config import TrainSettings, load_recipe, shipped_recipes
+from bridle.config import TrainSettings, load_recipe
 from bridle.modalities import build_modality
+from bridle.recipe_files import shipped_recipes
 from bridle.settings import RecipeError
 from bridle.training.engine import learning_rate, resolve_ds_config, split_batch, uses_bf16
 from bridle.training.loop import Length

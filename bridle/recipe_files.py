@@ -1,0 +1,50 @@
+"""Recipe files: YAML that ships with the package or is a user's own, with ``dotted.key=value`` overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bridle.settings import RecipeError, apply_override, nearest
+
+
+def shipped_recipes(below: str = "") -> list[str]:
+    """Names of the recipes inside the package; below: `finetune` for those of fine-tuning."""
+    folder = resources.files("bridle") / "recipes" / below
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe_file(name: str, overrides: Iterable[str] = (), below: str = "") -> dict[str, Any]:
+    """A shipped recipe by name (below: see `shipped_recipes`) or a YAML file by path, with overrides applied.
+
+    Raises:
+        RecipeError: unknown recipe, malformed YAML or override.
+    """
+    raw = _read(name, below)
+    for override in overrides:
+        apply_override(raw, override)
+    return raw
+
+
+def _read(name: str, below: str) -> dict[str, Any]:
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            known = ", ".join(shipped_recipes(below))
+            raise RecipeError(f"recipe {name}: no such file; give a path to a YAML file or one of: {known}")
+        text = path.read_text(encoding="utf-8")
+    elif name in shipped_recipes(below):
+        text = (resources.files("bridle") / "recipes" / below / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise RecipeError(f"recipe '{name}' is unknown{nearest(name, shipped_recipes(below))} (or give a FILE.yaml)")
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {name}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"recipe {name}: found {type(raw).__name__}, expected a mapping of settings")
+    return raw
