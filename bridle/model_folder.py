@@ -42,6 +42,8 @@ __all__ = [
 
 FORMAT = 1
 """Version of the folder's layout; a folder of another version is refused."""
+CLASSIFIER = "bridle-classifier"
+"""What config.json of a classifier folder says of itself (`bridle.classifier`)."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -192,6 +194,10 @@ def read_config(folder: Path) -> ModelConfig:
     if not path.is_file():
         raise ModelError(_no_model(folder))
     raw = read_json(path)
+    if isinstance(raw, dict) and raw.get("model_type") == CLASSIFIER:
+        raise ModelError(
+            f"{folder}: a classifier folder, which has no codes; use it with `bridle classify {folder} FILE`"
+        )
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
         raise ModelError(f"{path}: format {found!r}, expected {FORMAT}; export the model with this version of bridle")

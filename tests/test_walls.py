@@ -57,6 +57,7 @@ BELOW = {
         "model_folder",
         "classifier",
         "finetune_recipe",
+        "hub",
         "tokens",
         "evaluation",
     },

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from bridle.cores import available_cores
 from bridle.settings import RecipeError
 
-HELP = "start this node's ranks of a pretraining run, under Kubernetes, Slurm or by hand"
+HELP = "start this node's ranks of a pretraining or fine-tuning run, under Kubernetes, Slurm or by hand"
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LEFT_BEHIND_SECONDS = 5.0
 """How long the other ranks may take to notice by themselves that one has failed, and say so."""
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wait-for-master", type=float, default=0.0, metavar="SECONDS", help="for node 0's name to be known (0)"
     )
+    parser.add_argument("--finetune", action="store_true", help="start bridle/finetune.py, not bridle/pretrain.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of bridle/pretrain.py")
 
 
@@ -52,13 +53,23 @@ def run(args: argparse.Namespace) -> int:
         RecipeError: counts, an address or a port that cannot be.
         OSError: node 0's name is not known in time.
     """
-    places = placement(args, os.environ)
     arguments = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
-    command = [sys.executable, "-m", "bridle.pretrain", *arguments]
+    program = "bridle.finetune" if args.finetune else "bridle.pretrain"
+    return start([sys.executable, "-m", program, *arguments], placement(args, os.environ), args.wait_for_master)
+
+
+def start(command: list[str], places: Mapping[int, Mapping[str, str]], patience: float = 0.0) -> int:
+    """Starts a command once for each place (see `placement`), and returns when all have ended, as `run` does.
+
+    patience: seconds for node 0's name to be known.
+
+    Raises:
+        OSError: it is not known in time.
+    """
     # Blocked before the first rank starts, so that a signal between two starts reaches both.
     signal.pthread_sigmask(signal.SIG_BLOCK, {*PASSED_ON, signal.SIGCHLD})
     try:
-        if not wait_for_name(next(iter(places.values()))["MASTER_ADDR"], args.wait_for_master):
+        if not wait_for_name(next(iter(places.values()))["MASTER_ADDR"], patience):
             return STOPPED
         ranks = {
             os.posix_spawn(command[0], command, {**os.environ, **place}, setsigmask=[], setsigdef=PASSED_ON): rank

@@ -28,10 +28,15 @@ def load_model(args: argparse.Namespace) -> BridleModel:
         RecipeError: the device is unknown or not there.
         ModelError: not a model folder; see `bridle.load`.
     """
-    return load(args.model, _device(args.device), args.dtype)
+    return load(args.model, device_of(args.device), args.dtype)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that `--device` names.
+
+    Raises:
+        RecipeError: it is unknown or not there.
+    """
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

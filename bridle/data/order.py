@@ -15,11 +15,30 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 
 BLOCKS_OF_EPOCH, SAMPLES_OF_WINDOW, BLOCKS_OF_PASS = 1, 2, 3
 WINDOWS_KEPT = 4
+
+
+class Order(Protocol):
+    """Which sample stands at which position, counted from 0 over all epochs."""
+
+    samples_per_epoch: Fraction
+
+    def begin(self, epoch: int) -> int:
+        """First position of an epoch."""
+        ...
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Epoch of a position, and the number of the sample that stands there."""
+        ...
+
+    def upcoming_shards(self, position: int) -> list[int]:
+        """Shards that are read from a position on, in their order, each once."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from bridle.data.errors import SampleError, ShardError
 from bridle.data.handover import bytes_for_the_pipe, packed, stacked, unpacked, warn_of_little_memory
 from bridle.data.loaders import load
-from bridle.data.order import SampleOrder
+from bridle.data.order import Order, SampleOrder
 from bridle.data.shards import ShardSet
 
 log = logging.getLogger(__name__)
@@ -64,13 +64,23 @@ class Stream:
         make: bytes and a generator to named tensors; picklable. Its ValueError (ClipError) means a corrupt sample. The
             generator is its own only until it returns; what it gives depends on (seed, epoch, position) alone.
         seed, block, window, shuffle, origin: see `SampleOrder`.
+        order: another order than that.
     """
 
     def __init__(
-        self, shards: ShardSet, make: Make, *, seed: int, block: int, window: int, shuffle: bool = True, origin: int = 0
+        self,
+        shards: ShardSet,
+        make: Make,
+        *,
+        seed: int,
+        block: int,
+        window: int,
+        shuffle: bool = True,
+        origin: int = 0,
+        order: Order | None = None,
     ) -> None:
         self.shards, self.make, self.seed = shards, make, seed
-        self.order = SampleOrder(shards.counts, seed, block, window, shuffle, shards.sources, origin)
+        self.order = order or SampleOrder(shards.counts, seed, block, window, shuffle, shards.sources, origin)
         largest = max(shards.counts)
         if shards.remote_bytes > shards.cache.limit and block < largest:
             log.warning(
@@ -80,6 +90,14 @@ class Stream:
                 shards.cache.limit / 1e9,
                 largest,
             )
+
+    def made(self, sample: int, position: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """The tensors of a sample that stands at a position, or stands in for the one there.
+
+        Raises:
+            ValueError: a corrupt sample, or a fault of its shard.
+        """
+        return self.make(self.shards.data(sample), rng)
 
     def micro_batches(
         self,
@@ -169,13 +187,13 @@ class _Positions(Dataset[Any]):
         try:
             return self._made_of(sample, epoch, position)
         except ValueError as error:
-            if not _concerns_one_sample(error):
+            if not concerns_one_sample(error):
                 raise
             corrupt.append(Corrupt(position, *self.stream.shards.where(sample), str(error)))
         return self._successor(epoch, position, corrupt[-1])
 
     def _made_of(self, sample: int, epoch: int, position: int) -> dict[str, torch.Tensor]:
-        return self.stream.make(self.stream.shards.data(sample), self.generators.at(epoch, position))
+        return self.stream.made(sample, position, self.generators.at(epoch, position))
 
     def _successor(self, epoch: int, position: int, fault: Corrupt) -> dict[str, torch.Tensor]:
         """The first good sample behind a corrupt one, wrapping within the epoch."""
@@ -187,7 +205,7 @@ class _Positions(Dataset[Any]):
             try:
                 return self._made_of(sample, epoch, position)
             except ValueError as error:
-                if not _concerns_one_sample(error):
+                if not concerns_one_sample(error):
                     raise
         raise ShardError(
             f"{fault.shard}: sample '{fault.key}' ({fault.error}) and every one of the {tried - 1} samples behind it "
@@ -211,7 +229,7 @@ class _Generators:
         return self._generator
 
 
-def _concerns_one_sample(error: ValueError) -> bool:
+def concerns_one_sample(error: ValueError) -> bool:
     """A fault of the shard concerns them all; a SampleError is one that does not."""
     return isinstance(error, SampleError) or not isinstance(error, ShardError)
 

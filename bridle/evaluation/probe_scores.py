@@ -126,6 +126,13 @@ def accuracy(scores: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return weights @ _right(scores, targets) / weights.sum(1)
 
 
+def top_accuracy(scores: Tensor, targets: Tensor, weights: Tensor, count: int) -> Tensor:
+    """Share of files whose class is among the `count` greatest scores: float64 ``[B]``; weights: as `accuracy`'s."""
+    near = scores.topk(min(count, scores.shape[1]), dim=1).indices
+    right = targets.gather(1, near).any(1).double()
+    return weights @ right / weights.sum(1)
+
+
 def balanced_accuracy(scores: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Mean over the classes that occur of each one's accuracy: float64 ``[B]``."""
     classes = targets.double()

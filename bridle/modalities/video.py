@@ -18,6 +18,8 @@ from bridle.settings import Settings
 
 Count = Annotated[int, Field(gt=0)]
 
+LATEST = 1 - 2**-20
+"""The greatest start of a view: a start is below 1."""
 _TARGET = "bridle.modalities.video_decode:answers"
 
 
@@ -123,6 +125,18 @@ class Video:
     def finish(self, values: torch.Tensor, extent: torch.Tensor | None) -> torch.Tensor:
         """uint8 ``[B, 3, T, H, W]``, normalised."""
         return normalise(values, self.settings.mean, self.settings.std, axes=3)
+
+    def view(self, data: bytes, start: float, place: int) -> Clip:
+        """One clip for classification: `start` from 0 (the film's beginning) to 1 (as late as fits), cropped at the
+        centre (`place` 0), or at one end (-1) or the other (1) of the longer side; not flipped.
+
+        Raises:
+            UndecodableError, WrongKindError, TooLargeError
+        """
+        where = {-1: (0, 0), 0: (2, 2), 1: (4, 4)}[place]
+        draws = Draws(start=min(start, LATEST), scales=SCALE_PAIRS.index((0, 0)), place=PLACES.index(where), flip=False)
+        (clip,) = self._clips(data, draws)
+        return clip
 
     @property
     def features(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from timm.layers import Mlp
@@ -21,15 +22,33 @@ class TransformerBlocks(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
 
-    def forward(self, tokens: Tensor, grid: tuple[int, ...], content: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, ...],
+        content: Tensor | None = None,
+        branches: Tensor | None = None,
+    ) -> Tensor:
         """Without `content`, bool ``[B, N]``, all tokens are attended to, and attention stays fused without a mask.
 
-        `grid` is not needed here; it is what makes these blocks and the others interchangeable.
+        `grid` is not needed here; it is what makes these blocks and the others interchangeable. branches: float32
+        ``[B, depth, 2]``, factors of each block's attention and perceptron; none: 1.
         """
         mask = None if content is None else content[:, None, None, :]
-        for block in self.blocks:
-            tokens = block(tokens, attn_mask=mask)
+        for i, block in enumerate(self.blocks):
+            if branches is None:
+                tokens = block(tokens, attn_mask=mask)
+            else:
+                tokens = _weighted(block, tokens, mask, branches[:, i].to(tokens))
         return tokens
+
+
+def _weighted(block: Any, tokens: Tensor, mask: Tensor | None, factors: Tensor) -> Tensor:
+    """timm's block, each branch times its factor; factors: ``[B, 2]``."""
+    attention, perceptron = factors[:, :, None, None].unbind(1)
+    tokens = tokens + attention * block.ls1(block.attn(block.norm1(tokens), attn_mask=mask))
+    changed: Tensor = tokens + perceptron * block.ls2(block.mlp(block.norm2(tokens)))
+    return changed
 
 
 class PositionwiseBlocks(nn.Module):

@@ -28,12 +28,18 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(settings.width)
         start_weights(self, [] if self.class_token is None else [self.class_token])
 
-    def forward(self, values: Tensor, visible: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        values: Tensor,
+        visible: Tensor | None = None,
+        valid: Tensor | None = None,
+        branches: Tensor | None = None,
+    ) -> Tensor:
         """Embeds a clip, or the part of it that is visible.
 
         values: ``[B, C, *S]``; visible: int64 ``[B, n]``, positions to look at, or none for all N; valid: int64
         ``[B]``, positions of each clip that are content (see `content_mask`): padding behind them is not attended to,
-        and what comes out for it means nothing. None: all of them.
+        and what comes out for it means nothing. None: all of them. branches: see `TransformerBlocks.forward`.
         Returns ``[B, n, width]``, after the final norm, with the class token in front where there is one.
         """
         grid = self.patch.grid(values)
@@ -47,7 +53,7 @@ class Encoder(nn.Module):
         if self.class_token is not None:
             content = None if content is None else functional.pad(content, (1, 0), value=True)
             tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1).to(tokens), tokens], dim=1)
-        embedded: Tensor = self.norm(self.blocks(tokens, grid, content))
+        embedded: Tensor = self.norm(self.blocks(tokens, grid, content, branches))
         return embedded
 
     def embeddings(self, values: Tensor, valid: Tensor | None = None) -> Tensor:
