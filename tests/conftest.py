@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "training"))
+sys.path[:0] = [str(Path(__file__).parent / room) for room in ("training", "serving")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

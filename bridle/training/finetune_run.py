@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,12 @@ from bridle.finetune_recipe import FinetunePhase, FinetuneRecipe, StartSettings
 from bridle.hub import local_folder
 from bridle.model_folder import patch_shape, read_config
 from bridle.modeling.classifier import build_classifier
+from bridle.modeling.masking import hidden_count
 from bridle.settings import RecipeError
 from bridle.training.checkpoints import PhaseCheckpoints, read_position, read_tensors
 from bridle.training.classifying import FinetuneJob
+from bridle.training.clips import Delivery
+from bridle.training.flops import TRAINED, encoder_flops
 from bridle.training.heldout_scores import score_files
 from bridle.training.keeper import Keeper
 from bridle.training.labelled import LabelledStream, Labels, order_of
@@ -49,6 +53,17 @@ class FinetuneRun(PhaseWalk[FinetuneRecipe]):
         self.model = model
         found = ranks.on_first(partial(_with_start, recipe, model, scratch))
         super().__init__(FinetuneRecipe.model_validate(found), ds_config, where, ranks=ranks, **options)
+
+    def _delivery(self) -> Delivery:
+        """Mixed clips are finished in the loaders: bytes cannot be mixed without rounding."""
+        if self.recipe.phase.mixup.share:
+            return Delivery(self.modality, self.ranks.device)
+        return super()._delivery()
+
+    def _flops(self, index: int) -> float:
+        grid, mask = tuple(self.modality.grid.values()), self.recipe.phase.mask
+        seen = math.prod(grid) - (0 if mask is None else hidden_count(mask, grid))
+        return encoder_flops(self.encoder_settings, patch_shape(self.modality), seen, TRAINED)
 
     def _begin(self) -> None:
         """Labels, read by rank 0 and told to the others."""
@@ -104,7 +119,7 @@ class FinetuneRun(PhaseWalk[FinetuneRecipe]):
         data, phase = self.recipe.data, self.recipe.phase
         seed = self._seed(index, 0)
         return LabelledStream(
-            self.shards, self.modality, self.labels, mask=phase.mask, mixup=phase.mixup,
+            self.shards, self.deliver.modality, self.labels, mask=phase.mask, mixup=phase.mixup,
             branches=self.encoder_settings.depth if phase.drop_path else 0,
             seed=seed, block=data.shuffle_block, window=data.shuffle_window, origin=origin,
             order=order_of(self.labels, self.shards, seed, phase.weighted, origin),
@@ -116,7 +131,7 @@ class FinetuneRun(PhaseWalk[FinetuneRecipe]):
         shards, seed = self.heldout_shards, self.recipe.seed
         order = ChosenOrder(shards.counts, self.tested.chosen, seed)
         return LabelledStream(
-            shards, self.modality, self.tested, augment=False, seed=seed, block=1, window=1, order=order
+            shards, self.deliver.modality, self.tested, augment=False, seed=seed, block=1, window=1, order=order
         )
 
     def _job(self, index: int, phase: FinetunePhase, fresh: bool) -> FinetuneJob:
