@@ -178,6 +178,15 @@ def load_classifier(
     return Classifier(config, modality, module, sha256(file))
 
 
+def is_classifier(folder: Path) -> bool:
+    """Whether a folder says that it is a classifier's."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return False
+    raw = read_json(path)
+    return isinstance(raw, dict) and raw.get("model_type") == CLASSIFIER
+
+
 def is_whole_classifier(folder: Path) -> bool:
     """Whether a classifier folder is there, readable and of this version; reads no weights."""
     try:

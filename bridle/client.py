@@ -119,6 +119,10 @@ def _codes(content: bytes) -> list[Codes]:
     ]
 
 
+def _classes(answer: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(found["class"], found["probability"]) for found in answer["clips"][0]["classes"]]
+
+
 def _embeddings(content: bytes) -> list[npt.NDArray[np.float32]]:
     arrays = np.load(io.BytesIO(content), allow_pickle=False)
     count = len(json.loads(str(arrays["clips"])))
@@ -210,6 +214,13 @@ class Client(_Requests):
         answer = self._post("/encode", params=parameters, content=_read(source), headers={"Accept": NPZ})
         return _embeddings(answer.content)[0]
 
+    def classify(
+        self, source: Source, *, top: int | None = None, model: str | None = None, modality: str | None = None
+    ) -> list[tuple[str, float]]:
+        """A file's likeliest classes with their probabilities, the likeliest first; top: how many (5)."""
+        parameters = _parameters(top=top, model=model, modality=modality)
+        return _classes(self._post("/classify", params=parameters, content=_read(source)).json())
+
     def dequantize(
         self, codes: npt.ArrayLike, *, model: str | None = None, modality: str | None = None
     ) -> npt.NDArray[np.float32]:
@@ -299,6 +310,13 @@ class AsyncClient(_Requests):
         parameters = _parameters(pool=pool, model=model, modality=modality)
         answer = await self._post("/encode", params=parameters, content=_read(source), headers={"Accept": NPZ})
         return _embeddings(answer.content)[0]
+
+    async def classify(
+        self, source: Source, *, top: int | None = None, model: str | None = None, modality: str | None = None
+    ) -> list[tuple[str, float]]:
+        """See `Client.classify`."""
+        parameters = _parameters(top=top, model=model, modality=modality)
+        return _classes((await self._post("/classify", params=parameters, content=_read(source))).json())
 
     async def dequantize(
         self, codes: npt.ArrayLike, *, model: str | None = None, modality: str | None = None

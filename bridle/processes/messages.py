@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-VERSION = 2
+VERSION = 3
 """To be raised with any change below: a program and a child of another version on disk refuse each other."""
 
 
@@ -66,7 +66,7 @@ class Ready(Message, frozen=True):
 
 
 class ModelReady(Message, frozen=True):
-    """From a model process that is warm. info: `BridleModel.info`."""
+    """From a model process that is warm. info: `BridleModel.info`, or `Classifier.info`."""
 
     version: int
     info: dict[str, Any]
@@ -149,7 +149,7 @@ class Fault(Message, frozen=True):
 class Forward(Message, frozen=True):
     """A batch: the clips in these slots, with so many threads on a CPU; valid: positions of each that are content."""
 
-    operation: Literal["codes", "embed"]
+    operation: Literal["codes", "embed", "classify"]
     threads: int
     slots: list[int]
     valid: list[int]

@@ -8,11 +8,12 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from bridle.classifier import ClassifierConfig, is_classifier, read_classifier_config
 from bridle.cores import available_cores
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Modality
@@ -43,12 +44,16 @@ from serving.workers.arena import Arena
 
 MAX_ANSWER = 1 << 31
 """Bytes that a model process may answer with."""
+OPERATIONS: dict[str, Literal["codes", "embed", "classify"]] = {
+    "codes": "codes", "embed": "embed", "classify": "classify"
+}  # fmt: skip
+"""What a model process does with windows."""
 PIECE_NUMBERS = 1 << 20
 """Numbers of latents that one batch makes of codes: 4 MB, of which a copy takes the event loop a millisecond."""
 
 
 class Deployment:
-    """A model in service. Made by `start`, which returns when it is warm.
+    """A model or a classifier in service. Made by `start`, which returns when it is warm.
 
     name: what `model=` calls it, the settings' name or else the folder's own; info: what the model says about itself.
     """
@@ -58,7 +63,7 @@ class Deployment:
     ) -> None:
         self.folder = folder
         self.alias = alias
-        self.config: ModelConfig = read_config(folder)
+        self.config = config_of(folder)
         self.name = alias or self.config.name
         self.modality: Modality = build_modality(self.config.modality, self.config.clip, settings.limits)
         self.info: dict[str, Any] = {}
@@ -144,6 +149,17 @@ class Deployment:
                 self._unused.set()
 
     @property
+    def classifies(self) -> bool:
+        """Whether it is a classifier, which gives classes and no codes."""
+        return isinstance(self.config, ClassifierConfig)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The configuration of a model that is no classifier: `Registry` gives those to nobody who wants codes."""
+        assert isinstance(self.config, ModelConfig)
+        return self.config
+
+    @property
     def devices(self) -> list[str]:
         """Where it runs, one entry a process."""
         return [device.partition("#")[0] for device in self._devices]
@@ -193,7 +209,7 @@ class Deployment:
         Raises:
             EngineError: a process ended. TimeoutError: the deadline passed.
         """
-        step = max(1, PIECE_NUMBERS // self.config.quantizer.dim)  # others have their turn between two pieces
+        step = max(1, PIECE_NUMBERS // self.model_config.quantizer.dim)  # others have their turn between two pieces
         latents = []
         for start in range(0, len(codes), step):
             entry = Entry("dequantize", deadline, codes=codes[start : start + step])
@@ -231,7 +247,7 @@ class Deployment:
                 else:
                     slots = [entry.slot for entry in batch if entry.slot is not None]
                     valid = [entry.valid for entry in batch if entry.slot is not None]
-                    await channel.send(Forward("codes" if operation == "codes" else "embed", threads, slots, valid))
+                    await channel.send(Forward(OPERATIONS[operation], threads, slots, valid))
                 answer, payload = await channel.receive()
         finally:
             self._cores.give_back()
@@ -301,6 +317,15 @@ class Deployment:
             slot_bytes=self.arena.slot_bytes,
             log_level=settings.log_level,
         )
+
+
+def config_of(folder: Path) -> ModelConfig | ClassifierConfig:
+    """The configuration of a model folder or of a classifier folder.
+
+    Raises:
+        ModelError: it is neither, or of another version.
+    """
+    return read_classifier_config(folder) if is_classifier(folder) else read_config(folder)
 
 
 def _gone() -> EngineError:

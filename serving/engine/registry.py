@@ -68,8 +68,13 @@ class Registry:
 
     @property
     def models(self) -> list[Deployment]:
-        """What is loaded."""
-        return list(self._models.values())
+        """What is loaded and gives codes."""
+        return [model for model in self._models.values() if not model.classifies]
+
+    @property
+    def classifiers(self) -> list[Deployment]:
+        """What is loaded and gives classes."""
+        return [model for model in self._models.values() if model.classifies]
 
     @property
     def running(self) -> bool:
@@ -87,20 +92,31 @@ class Registry:
             raise ChoiceError(f"model '{name[:80]}' is not loaded{_meant(name, self._models)}")
         return found
 
-    def choose(self, name: str | None, modality: str | None, head: bytes) -> list[Deployment]:
+    def choose(
+        self, name: str | None, modality: str | None, head: bytes, *, classify: bool = False
+    ) -> list[Deployment]:
         """The models to try, in order: the one named, that of the modality named, or those that recognise the content.
 
+        classify: whether classifiers are wanted, else models that give codes.
+
         Raises:
-            ChoiceError: no such model, or none of that modality. EmptyError, UnknownKindError: none takes the content.
+            ChoiceError: no such model, or none of that modality or kind.
+            EmptyError, UnknownKindError: none takes the content.
         """
         if name is not None:
             model = self.get(name)
+            if model.classifies != classify:
+                use = "is a classifier; use /classify" if model.classifies else "tells no classes; name a classifier"
+                raise ChoiceError(f"model '{name}' {use}")
             if modality not in (None, model.config.modality):
                 raise ChoiceError(f"model '{name}' is for {model.config.modality}, not {modality}")
             return [model]
         firsts: dict[str, Deployment] = {}
-        for model in self._models.values():
+        for model in self.classifiers if classify else self.models:
             firsts.setdefault(model.config.modality, model)
+        if not firsts:
+            what = "classifier" if classify else "model that gives codes"
+            raise ChoiceError(f"no {what} is loaded; start the service with the folder of one")
         if modality is not None:
             if modality not in firsts:
                 raise ChoiceError(f"no model for modality '{modality[:80]}' is loaded{_meant(modality, firsts)}")
@@ -122,7 +138,7 @@ class Registry:
         Raises:
             ChoiceError: no such model. ReloadError: it does not start; the old one stays in service.
         """
-        wanted = [self.get(name)] if name is not None else self.models
+        wanted = [self.get(name)] if name is not None else list(self._models.values())
         async with self._reloading:
             return [await self._reload(model) for model in wanted]
 

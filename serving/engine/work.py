@@ -41,7 +41,7 @@ class Timings:
 class Result:
     """One window's answer, its padding cut.
 
-    values: ``[n, M]`` codes or ``[n, D]`` embeddings.
+    values: ``[n, M]`` codes, ``[n, D]`` embeddings, or ``[C]`` probabilities of classes.
     """
 
     deployment: Deployment
@@ -74,7 +74,9 @@ async def windows_of(
                         timings.windows += 1
                         timings.models.add(deployment.name)
                         place = Place(deployment.modality.grid, window.valid, window.start_s, window.duration_s)
-                        yield Result(deployment, place, values[: place.positions])
+                        yield Result(
+                            deployment, place, values if operation == "classify" else values[: place.positions]
+                        )
                 return
             except WrongKindError:
                 if began or index == len(candidates) - 1:
@@ -114,6 +116,35 @@ async def whole(
     whole_values = values[0] if len(values) == 1 else await asyncio.to_thread(np.concatenate, values)
     extent = joined(places)
     return Stream(deployment, whole_values, extent.grid, extent.duration_s)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """A whole file's classes: values float64 ``[C]``, a probability of each."""
+
+    deployment: Deployment
+    values: Array
+    duration_s: float | None
+
+
+async def classified(
+    candidates: Sequence[Deployment], data: bytes | bytearray, deadline: float, timings: Timings
+) -> Classes:
+    """A whole file's classes, the mean over its windows by content, as `bridle classify` takes it.
+
+    Raises:
+        as `windows_of`.
+    """
+    total: Array = np.zeros(1)
+    weight, seconds, deployment = 0, None, candidates[0]
+    async with contextlib.aclosing(windows_of(candidates, "classify", data, deadline, timings)) as results:
+        async for result in results:
+            deployment = result.deployment
+            total = total + result.place.positions * result.values.astype(np.float64)
+            weight += result.place.positions
+            if result.place.duration_s is not None:
+                seconds = (seconds or 0.0) + result.place.duration_s
+    return Classes(deployment, total / weight, None if seconds is None else round(seconds, 6))
 
 
 async def each_clip(work: Sequence[Awaitable[T]]) -> list[T]:

@@ -16,7 +16,7 @@ from bridle.settings import nearest
 from serving.engine.errors import EngineError
 from serving.web.middleware import Around
 from serving.web.problems import BY_STATUS, INTERNAL, ClientGoneError, ProblemError, log_fault, problem_of
-from serving.web.routes import clips, dequantize, operation, pages
+from serving.web.routes import classify, clips, dequantize, operation, pages
 from serving.web.scopes import scopes_of
 from serving.web.service import Service
 
@@ -42,7 +42,7 @@ def build_app(service: Service) -> ASGIApp:
         },
     )
     app.state.service = service
-    routers = (clips.router, dequantize.router, operation.router, pages.router)
+    routers = (clips.router, classify.router, dequantize.router, operation.router, pages.router)
     for router in routers:
         app.include_router(router)
     scopes = scopes_of(route for router in routers for route in router.routes)

@@ -17,7 +17,7 @@ from bridle.settings import RecipeError
 from serving.settings import ServeSettings
 
 SCOPES = ("use", "metrics", "admin")
-"""`use`: tokenize, encode, dequantize, info, pages. `metrics`: /metrics. `admin`: reload."""
+"""`use`: tokenize, encode, classify, dequantize, info, pages. `metrics`: /metrics. `admin`: reload."""
 CHECK_EVERY = 1.0
 """Seconds between looks at the keys' file."""
 

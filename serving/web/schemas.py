@@ -40,6 +40,13 @@ class EncodeParameters(Parameters):
     """`mean`: one embedding of the whole clip. `none`: one for each position."""
 
 
+class ClassifyParameters(Parameters):
+    """Parameters of `/classify`."""
+
+    top: Annotated[int, Field(ge=1, le=100_000)] = 5
+    """So many classes, the likeliest first."""
+
+
 class ReloadParameters(BaseModel):
     """Parameters of a reload."""
 
@@ -102,6 +109,38 @@ class EncodeAnswer(BaseModel):
     clips: list[Embedding]
 
 
+class ClassProbability(BaseModel):
+    """One class of a clip."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    name: Annotated[str, Field(alias="class")]
+    """Its name."""
+    probability: float
+    """Of this class by itself, or its share, as the classifier was trained."""
+
+
+class Classified(BaseModel):
+    """One clip's classes."""
+
+    model_config = ConfigDict(protected_namespaces=(), use_attribute_docstrings=True)
+
+    model: str
+    """Name of the classifier."""
+    modality: str
+    """Its modality."""
+    duration_s: float | None = None
+    """Seconds of content; null without time."""
+    classes: list[ClassProbability]
+    """The likeliest first."""
+
+
+class ClassifyAnswer(BaseModel):
+    """The clips in the order they were sent."""
+
+    clips: list[Classified]
+
+
 class ClipCodes(BaseModel):
     """Codes of one clip."""
 
@@ -151,11 +190,24 @@ class ModelInfo(BaseModel):
     sha256: str
 
 
+class ClassifierInfo(BaseModel):
+    """One loaded classifier."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    id: str
+    modality: str
+    classes: list[str]
+    grid: dict[str, int]
+    sha256: str
+
+
 class ModelList(BaseModel):
     """The loaded models; the first of a modality is its default."""
 
     object: Literal["list"] = "list"
     data: list[ModelInfo]
+    classifiers: list[ClassifierInfo] = []
 
 
 class Info(BaseModel):
@@ -164,6 +216,7 @@ class Info(BaseModel):
     version: str
     limits: dict[str, Any]
     models: list[ModelInfo]
+    classifiers: list[ClassifierInfo] = []
 
 
 class Problem(BaseModel):

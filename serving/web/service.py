@@ -105,6 +105,7 @@ class Service:
             "version": __version__,
             "limits": {name: getattr(self.settings, name) for name in limits},
             "models": self.models(),
+            "classifiers": self.classifiers(),
         }
 
     def models(self) -> list[dict[str, Any]]:
@@ -119,6 +120,13 @@ class Service:
                 "dtype": self.settings.dtype,
             }
             for model in self.registry.models
+        ]
+
+    def classifiers(self) -> list[dict[str, Any]]:
+        """What `/v1/models` says of each classifier."""
+        return [
+            {"id": one.name, "object": "classifier", **one.info, "device": one.devices, "dtype": self.settings.dtype}
+            for one in self.registry.classifiers
         ]
 
 

@@ -6,13 +6,17 @@ import os
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from bridle.classifier import Classifier, is_classifier, load_classifier
 from bridle.model import BridleModel
 from bridle.model_folder import load
 from bridle.modeling.encoder import Encoder
@@ -56,7 +60,12 @@ class _Worker:
         self._on_cpu = torch.device(begin.device).type == "cpu"
         self._thread_counts = begin.threads
         self._set_threads(self._thread_counts[0])
-        self._model: BridleModel = load(begin.folder, device=begin.device, dtype=begin.dtype)
+        folder = Path(begin.folder)
+        self._model: BridleModel | Classifier
+        if is_classifier(folder):
+            self._model = load_classifier(folder, device=begin.device, dtype=begin.dtype)
+        else:
+            self._model = load(folder, device=begin.device, dtype=begin.dtype)
         self._shape = begin.shape
         slots = torch.frombuffer(memory, dtype=torch.float32)
         self._slots = slots.view(-1, begin.slot_bytes // 4)[:, : int(np.prod(self._shape))]
@@ -67,9 +76,23 @@ class _Worker:
     def _compile(self) -> None:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes that stays for good
         tqdm.set_lock(threading.RLock())  # torch's tracer has tqdm take a semaphore, reported as leaked at the end
-        for module in (*self._model.encoder.modules(), *self._model.tokenizer.modules()):
+        for module in self._modules():
             if isinstance(module, Encoder):
                 module.compile(dynamic=True)
+
+    def _modules(self) -> Iterator[nn.Module]:
+        if isinstance(self._model, Classifier):
+            return self._model.module.modules()
+        return chain(self._model.encoder.modules(), self._model.tokenizer.modules())
+
+    def _warm_up_classifier(self, classifier: Classifier, batches: list[Tensor]) -> ModelReady:
+        positions = classifier.module.encoder.patch.count(batches[0])
+        for threads in self._thread_counts:
+            self._set_threads(threads)
+            for clips in batches:
+                for valid in (positions, positions - 1):
+                    classifier.probabilities(clips, [valid] * len(clips))
+        return ModelReady(VERSION, classifier.info, codes_depend_on_batch=False)
 
     def warm_up(self) -> ModelReady:
         """Runs the smallest and largest batch at each number of threads, and compares a clip's codes."""
@@ -78,6 +101,8 @@ class _Worker:
         # Rows are chosen as for a request: torch.compile guards the tensor that a view is made from, too.
         clips = self._clips(rows, list(range(len(rows))))
         singles = [self._clips(rows, [i]) for i in range(min(2, len(rows)))]
+        if isinstance(self._model, Classifier):
+            return self._warm_up_classifier(self._model, [clips, singles[0]])
         found = []
         for threads in self._thread_counts:
             self._set_threads(threads)
@@ -112,6 +137,10 @@ class _Worker:
 
     def _run(self, message: Forward | Dequantize, payload: bytearray) -> Tensor:
         self._set_threads(message.threads)
+        if isinstance(self._model, Classifier):
+            if isinstance(message, Dequantize):
+                raise ValueError("a classifier has no codes")
+            return self._model.probabilities(self._clips(self._slots, message.slots), message.valid)
         if isinstance(message, Dequantize):
             return self._model.dequantize(torch.frombuffer(payload, dtype=torch.int64).view(message.shape))
         clips = self._clips(self._slots, message.slots)

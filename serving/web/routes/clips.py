@@ -17,8 +17,9 @@ from bridle.processes.messages import Drawn
 from bridle.tokens.layouts import Vocabulary, to_text
 from serving.engine.deployment import Deployment
 from serving.engine.errors import DeadlineError, EngineError, FileError
-from serving.engine.work import Stream, Timings, each_clip, whole, windows_of
+from serving.engine.work import Stream, each_clip, windows_of
 from serving.web.answers import ARROW, JSON, NDJSON, NPZ, Clip, answer, json_clip, negotiate
+from serving.web.job import Job
 from serving.web.lean import LeanRoute
 from serving.web.openapi import FILES, problems
 from serving.web.problems import ProblemError, log_fault, problem_of
@@ -28,66 +29,7 @@ from serving.web.service import Service, service_of
 from serving.web.waiting import while_wanted
 
 router = APIRouter(tags=["clips"], route_class=LeanRoute)
-HEAD = 4096
-"""Bytes by which content is recognised."""
 TheService = Annotated[Service, Depends(service_of)]
-
-
-class _Job:
-    """What the routes here share: the files of a request, the models to try for each, its deadline and timings."""
-
-    def __init__(self, request: Request, service: Service, parameters: Parameters) -> None:
-        self.request = request
-        self.service = service
-        self.deadline = service.admission.deadline(request.headers.get("x-request-timeout"))
-        self.timings = Timings()
-        self._parameters = parameters
-        self.places = service.places(request)
-        if parameters.model is not None or parameters.modality is not None:
-            service.registry.choose(parameters.model, parameters.modality, b"")  # wrong ones are told before reading
-
-    async def files(self) -> list[tuple[bytearray, list[Deployment]]]:
-        """The files, and the models to try for each.
-
-        Raises:
-            ProblemError: see `Uploads.files`; no model takes one of them.
-        """
-        with self.service.tracing.step("receive"):
-            files = await self.service.uploads.files(self.request, self.places, self.deadline)
-        return [(file, self._candidates(file, index)) for index, file in enumerate(files)]
-
-    def _candidates(self, file: bytearray, index: int) -> list[Deployment]:
-        try:
-            return self.service.registry.choose(
-                self._parameters.model, self._parameters.modality, bytes(memoryview(file)[:HEAD])
-            )
-        except EngineError as error:
-            problem = problem_of(error)
-            problem.extra["clip"] = index
-            raise problem from None
-
-    async def streams(self, operation: str) -> list[Stream]:
-        """Every file's whole answer."""
-        files = await self.files()
-        work = [whole(models, operation, file, self.deadline, self.timings) for file, models in files]
-        with self.service.tracing.step(operation):
-            streams = await while_wanted(self.request, each_clip(work), self.deadline)
-        self.note(len(files))
-        return streams
-
-    def note(self, files: int) -> None:
-        """Adds to the request's log line."""
-        self.request.state.log = {
-            "clips": files,
-            "windows": self.timings.windows,
-            "models": ",".join(sorted(self.timings.models)) or None,
-            "queue_s": round(self.timings.queue, 4),
-            "model_s": round(self.timings.model, 4),
-        }
-
-    def headers(self) -> dict[str, str]:
-        """Headers of the answer."""
-        return {"Server-Timing": self.timings.header()}
 
 
 @router.post("/tokenize", response_model=TokenizeAnswer, responses=problems(NPZ, ARROW, NDJSON), openapi_extra=FILES)
@@ -99,7 +41,7 @@ async def tokenize(
     kind = negotiate(request.headers.get("accept"), (JSON, NPZ, ARROW, NDJSON))
     if kind == NDJSON and parameters.layout not in (None, "interleaved"):
         raise ProblemError("wrong-parameter", f"layout {parameters.layout} needs the whole stream; not with {NDJSON}")
-    job = _Job(request, service, parameters)
+    job = Job(request, service, parameters)
     if kind != NDJSON:
         streams = await job.streams("codes")
         numbers = sum(one.values.size for one in streams)
@@ -121,7 +63,7 @@ async def tokenize(
 async def encode(request: Request, service: TheService, parameters: Annotated[EncodeParameters, Query()]) -> Response:
     """Files to the encoder's embeddings: their mean, or one for each position."""
     kind = negotiate(request.headers.get("accept"), (JSON, NPZ, ARROW))
-    job = _Job(request, service, parameters)
+    job = Job(request, service, parameters)
     streams = await job.streams("embed")
     numbers = sum(one.values.size for one in streams)
     return await answer(
@@ -142,7 +84,7 @@ async def picture(request: Request, service: TheService, parameters: Annotated[P
     Headers: X-Bridle-Frames, the frames shown; X-Bridle-Steps, the positions along the first axis that it covers.
     """
     negotiate(request.headers.get("accept"), ("image/png",))
-    job = _Job(request, service, parameters)
+    job = Job(request, service, parameters)
     files = await job.files()
     if len(files) != 1:
         raise ProblemError("wrong-parameter", f"{len(files)} files, expected one", clip=1)
@@ -171,7 +113,7 @@ def _about(stream: Stream) -> Clip:
 
 
 def _codes(stream: Stream, parameters: TokenizeParameters) -> Clip:
-    quantizer = stream.deployment.config.quantizer
+    quantizer = stream.deployment.model_config.quantizer
     clip = _about(stream)
     clip |= {"codebooks": quantizer.codebooks, "codebook_size": quantizer.codebook_size}
     clip["codes"] = np.ascontiguousarray(stream.values.T).astype(np.int32)
@@ -179,7 +121,7 @@ def _codes(stream: Stream, parameters: TokenizeParameters) -> Clip:
 
 
 def _tokens(deployment: Deployment, codes: Any, parameters: TokenizeParameters) -> Clip:
-    quantizer = deployment.config.quantizer
+    quantizer = deployment.model_config.quantizer
     vocabulary = Vocabulary(quantizer.codebooks, quantizer.codebook_size, parameters.offset)
     layout = parameters.layout or "interleaved"
     extra: Clip = {}
@@ -200,7 +142,7 @@ def _embedding(stream: Stream, pool: str) -> Clip:
 
 
 async def _lines(
-    job: _Job, files: list[tuple[bytearray, list[Deployment]]], parameters: TokenizeParameters
+    job: Job, files: list[tuple[bytearray, list[Deployment]]], parameters: TokenizeParameters
 ) -> AsyncGenerator[bytes, None]:
     """One line for each window, in order, and one at the end of each file."""
     for index, (file, models) in enumerate(files):

@@ -66,7 +66,7 @@ async def dequantize(
     places.take_files(1)
     read = partial(_clips, body, sent, model, service.settings)
     rows = read() if len(body) < SMALL else await asyncio.to_thread(read)
-    dim = model.config.quantizer.dim
+    dim = model.model_config.quantizer.dim
     numbers = sum(len(codes) for codes in rows) * dim
     places.take_bytes(4 * numbers)  # a small body may unfold to a large answer
     with model.used():
@@ -87,22 +87,24 @@ def _clips(body: bytearray, sent: str, model: Deployment, settings: ServeSetting
     rows = [_rows(codes, model, index) for index, codes in enumerate(clips)]
     if sum(codes.size for codes in rows) > settings.max_codes:
         raise ProblemError("too-large", f"more than max_codes = {settings.max_codes} codes")
-    if sum(len(codes) for codes in rows) * model.config.quantizer.dim > MAX_NUMBERS:
+    if sum(len(codes) for codes in rows) * model.model_config.quantizer.dim > MAX_NUMBERS:
         raise ProblemError("too-large", f"the latents would have more than {MAX_NUMBERS} numbers")
     return rows
 
 
 def _model(service: Service, parameters: Parameters) -> Deployment:
     if parameters.model is None and parameters.modality is None:
-        if len(service.registry.models) > 1:
-            raise ProblemError("wrong-parameter", "several models are loaded; say which by model= or modality=")
+        if len(service.registry.models) != 1:
+            raise ProblemError(
+                "wrong-parameter", f"{len(service.registry.models)} models are loaded; say which by model= or modality="
+            )
         return service.registry.models[0]
     return service.registry.choose(parameters.model, parameters.modality, b"")[0]
 
 
 def _rows(codes: Any, model: Deployment, index: int) -> Codes:
     """Codes ``[M', N]`` from outside as ``[N, M']``, checked."""
-    quantizer = model.config.quantizer
+    quantizer = model.model_config.quantizer
     try:
         array = codes if isinstance(codes, np.ndarray) else _array(codes)
         if array.ndim != 2 or not 1 <= array.shape[0] <= quantizer.codebooks:
@@ -154,7 +156,7 @@ _decode = msgspec.json.Decoder(_Body).decode
 
 def _from_json(body: bytearray, model: Deployment, settings: ServeSettings) -> list[Any]:
     # Counted before anything is made of them: a million empty lists cost more than a million codes.
-    most_lists = 1 + settings.max_clips * (1 + model.config.quantizer.codebooks)
+    most_lists = 1 + settings.max_clips * (1 + model.model_config.quantizer.codebooks)
     if body.count(b"{") > 1 + settings.max_clips:
         if body.count(b"{") != body.count(b"}"):
             raise ProblemError("malformed", "the body is not JSON: its braces do not match")

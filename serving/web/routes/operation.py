@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -46,7 +46,7 @@ async def metrics(service: TheService) -> Response:
 @needs("use")
 async def models(service: TheService) -> JSONResponse:
     """The loaded models."""
-    return JSONResponse({"object": "list", "data": service.models()})
+    return JSONResponse({"object": "list", "data": service.models(), "classifiers": service.classifiers()})
 
 
 @router.get("/info", response_model=Info, responses=problems())
@@ -61,5 +61,4 @@ async def info(service: TheService) -> JSONResponse:
 async def reload(service: TheService, parameters: Annotated[ReloadParameters, Query()]) -> JSONResponse:
     """Loads models from their folders again (scope `admin`). Requests under way end on the old ones."""
     await service.registry.reload(parameters.model)
-    data: list[dict[str, Any]] = service.models()
-    return JSONResponse({"object": "list", "data": data})
+    return JSONResponse({"object": "list", "data": service.models(), "classifiers": service.classifiers()})
