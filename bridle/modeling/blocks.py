@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from timm.layers import Mlp
-from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional
@@ -68,24 +68,26 @@ class PositionwiseBlocks(nn.Module):
 class SwinBlocks(nn.Module):
     """Swin blocks over a 2-D grid, every other one shifted by half a window: ``[B, N, D]`` to ``[B, N, D]``.
 
-    Any grid works: timm computes the mask of the shifted windows for the grid at hand and pads what the window does not
-    divide. A grid smaller than the window in one axis is padded to it.
+    Any grid works: what the window does not divide is padded with zeros, which are attended to as in timm. A grid
+    smaller than the window in one axis is padded to it.
     """
 
     def __init__(self, settings: TransformerSettings, window: int) -> None:
         super().__init__()
+        self.window, self.shift = window, window // 2
         self.blocks = nn.ModuleList(
             _SwinBlock(
                 settings.width,
-                input_resolution=(window, window),  # unused: always_partition and dynamic_mask take the grid at hand
+                input_resolution=(window, window),  # unused: always_partition, and masks come from here
                 num_heads=settings.heads,
                 window_size=window,
-                shift_size=window // 2 if i % 2 else 0,
+                shift_size=self.shift if i % 2 else 0,
                 always_partition=True,
                 dynamic_mask=True,
             )
             for i in range(settings.depth)
         )
+        self._masks: dict[tuple[tuple[int, ...], torch.device, torch.dtype], Tensor] = {}
 
     def forward(self, tokens: Tensor, grid: tuple[int, ...], content: Tensor | None = None) -> Tensor:
         """See `TransformerBlocks.forward`. Raises ValueError when the grid has not two axes."""
@@ -93,47 +95,82 @@ class SwinBlocks(nn.Module):
             raise ValueError(f"decoder.kind swin needs a grid of two axes; this one is {grid}: use kind transformer")
         batch, count, width = tokens.shape
         tokens = tokens.reshape(batch, *grid, width)
-        padding = None if content is None else ~content.reshape(batch, *grid)
-        for block in self.blocks:
-            tokens = block(tokens, padding)
+        plain, shifted = None, self._shift_mask(grid, tokens)
+        if content is not None:
+            padding = ~content.reshape(batch, *grid, 1)
+            plain, shifted = (
+                self._with_padding(padding, 0, None, tokens),
+                self._with_padding(padding, self.shift, shifted, tokens),
+            )
+        for block in self._each():
+            tokens = block(tokens, shifted if any(block.shift_size) else plain)
         return tokens.reshape(batch, count, width)
+
+    def _each(self) -> list[_SwinBlock]:
+        return [block for block in self.blocks if isinstance(block, _SwinBlock)]
+
+    def _shift_mask(self, grid: tuple[int, ...], like: Tensor) -> Tensor | None:
+        """timm's mask of shifted windows, ``[windows, area, area]``: made once for a grid; none without a shift."""
+        block = next((block for block in self._each() if any(block.shift_size)), None)
+        key = grid, like.device, like.dtype
+        if block is not None and key not in self._masks:
+            with torch.inference_mode(False):
+                padded = [side + -side % self.window for side in grid]
+                made = block.get_attn_mask(torch.empty(1, *padded, 1, device=like.device, dtype=like.dtype))
+                assert made is not None
+                self._masks[key] = made
+        return self._masks.get(key)
+
+    def _with_padding(self, padding: Tensor, shift: int, mask: Tensor | None, like: Tensor) -> Tensor:
+        """`mask` for every clip's windows, ``[B * windows, area, area]``, without `padding` ``[B, H, W, 1]``."""
+        windows, _ = _windows(_rolled(padding, -shift), (self.window, self.window))
+        hidden = windows.transpose(1, 2)
+        found = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+        found = found.masked_fill(hidden, torch.finfo(like.dtype).min / 2).expand(-1, hidden.shape[-1], -1)
+        return found if mask is None else found + mask.repeat(len(padding), 1, 1)
 
 
 class _SwinBlock(SwinTransformerBlock):
-    """timm's block, which with `padding`, bool ``[B, H, W]``, attends to nothing there."""
+    """timm's block, which is given its mask: ``[n, area, area]`` for n windows, which come again in each clip."""
 
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        if padding is None:
-            attended: Tensor = self._attn(self.norm1(x))
-        else:
-            attended = self._attend(self.norm1(x), padding)
-        x = x + self.drop_path1(attended)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.drop_path1(self._attend(self.norm1(x), mask))
         changed: Tensor = x + self.drop_path2(self.mlp(self.norm2(x)))
         return changed
 
-    def _attend(self, x: Tensor, padding: Tensor) -> Tensor:
-        """timm's `_attn` with a mask of its own for every clip's windows."""
+    def _attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """timm's `_attn`."""
         _, height, width, channels = x.shape
-        x, padding = self._shifted(x), self._shifted(padding.unsqueeze(-1))
-        down, across = (-side % step for side, step in zip((height, width), self.window_size, strict=True))
-        x = functional.pad(x, (0, 0, 0, across, 0, down))
-        padding = functional.pad(padding, (0, 0, 0, across, 0, down))
-        padded_height, padded_width = x.shape[1:3]
-        windows = window_partition(x, self.window_size).view(-1, self.window_area, channels)
-        hidden = window_partition(padding, self.window_size).view(-1, 1, self.window_area)
-        mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device)
-        mask = mask.masked_fill(hidden, torch.finfo(x.dtype).min / 2).expand(-1, self.window_area, -1)
-        shifted = self.get_attn_mask(x)
-        if shifted is not None:
-            mask = mask + shifted.repeat(len(x), 1, 1)
-        windows = self.attn(windows, mask=mask).view(-1, *self.window_size, channels)
-        x = window_reverse(windows, self.window_size, padded_height, padded_width)[:, :height, :width].contiguous()
-        return self._shifted(x, back=True)
+        shift = self.shift_size[0]
+        windows, (down, across) = _windows(_rolled(x, -shift), self.window_size)
+        # torch has a fused kernel that learns the bias for GPUs alone; on a CPU timm's own products are faster.
+        windows = fused_window_attention(self.attn, windows, mask) if x.is_cuda else self.attn(windows, mask=mask)
+        windows = windows.view(-1, *self.window_size, channels)
+        x = window_reverse(windows, self.window_size, down, across)[:, :height, :width].contiguous()
+        return _rolled(x, shift)
 
-    def _shifted(self, x: Tensor, back: bool = False) -> Tensor:
-        if not any(self.shift_size):
-            return x
-        return torch.roll(x, [step if back else -step for step in self.shift_size], dims=(1, 2))
+
+def fused_window_attention(attention: WindowAttention, windows: Tensor, mask: Tensor | None) -> Tensor:
+    """What `attention` gives for windows ``[n, area, C]``, by scaled_dot_product_attention; mask: as `_SwinBlock`'s."""
+    count, area, _ = windows.shape
+    q, k, v = attention.qkv(windows).view(count, area, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    bias = attention._get_rel_pos_bias()
+    if mask is not None:
+        bias = (bias + mask.unsqueeze(1)).repeat(count // len(mask), 1, 1, 1)
+    attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    projected: Tensor = attention.proj(attended.transpose(1, 2).reshape(count, area, -1))
+    return projected
+
+
+def _windows(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """``[B, H, W, C]`` in windows ``[B * windows, area, C]``, and height and width of all windows together."""
+    down, across = (-side % step for side, step in zip(x.shape[1:3], size, strict=True))
+    x = functional.pad(x, (0, 0, 0, across, 0, down))
+    return window_partition(x, size).view(-1, size[0] * size[1], x.shape[-1]), (x.shape[1], x.shape[2])
+
+
+def _rolled(x: Tensor, by: int) -> Tensor:
+    return torch.roll(x, (by, by), dims=(1, 2)) if by else x
 
 
 def start_weights(module: nn.Module, tokens: Iterable[nn.Parameter] = ()) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bridle.config import DecoderSettings, EncoderSettings, QuantizerSettings
 from bridle.modeling.blocks import SwinBlocks, TransformerBlocks, start_weights
 from bridle.modeling.patches import content_mask, gather_positions
-from bridle.modeling.positions import sincos_positions
+from bridle.modeling.positions import Positions
 
 
 class Decoder(nn.Module):
@@ -27,6 +27,7 @@ class Decoder(nn.Module):
         else:
             self.blocks = TransformerBlocks(settings.width, settings.depth, settings.heads)
         self.norm = nn.LayerNorm(settings.width)
+        self.positions = Positions(settings.width)
         self.head = nn.Linear(settings.width, self.codebooks * self.codebook_size)
         start_weights(self, [self.mask_token])
 
@@ -46,7 +47,7 @@ class Decoder(nn.Module):
         batch, hidden = masked.shape
         filled = torch.cat([tokens, self.mask_token.to(tokens).expand(batch, hidden, -1)], dim=1)
         restore = torch.argsort(torch.cat([visible, masked], dim=1), dim=1)
-        filled = gather_positions(filled, restore) + sincos_positions(grid, self.width).to(tokens)
+        filled = gather_positions(filled, restore) + self.positions(grid, tokens)
         content = None if valid is None else content_mask(valid, filled.shape[1])
         seen = gather_positions(self.blocks(filled, grid, content), masked)
         logits: Tensor = self.head(self.norm(seen))

@@ -9,7 +9,7 @@ from torch.nn import functional
 from bridle.config import EncoderSettings
 from bridle.modeling.blocks import TransformerBlocks, start_weights
 from bridle.modeling.patches import PatchShape, content_mask, gather_positions
-from bridle.modeling.positions import sincos_positions
+from bridle.modeling.positions import Positions
 
 
 class Encoder(nn.Module):
@@ -26,6 +26,7 @@ class Encoder(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, settings.width)) if settings.class_token else None
         self.blocks = TransformerBlocks(settings.width, settings.depth, settings.heads)
         self.norm = nn.LayerNorm(settings.width)
+        self.positions = Positions(settings.width)
         start_weights(self, [] if self.class_token is None else [self.class_token])
 
     def forward(
@@ -44,7 +45,7 @@ class Encoder(nn.Module):
         """
         grid = self.patch.grid(values)
         patches = self.patch.cut(values)
-        positions = sincos_positions(grid, self.width).to(self.embed.weight)
+        positions = self.positions(grid, self.norm.weight)  # whose dtype is that of the residual stream
         if visible is None:
             tokens = self.embed(patches.to(positions)) + positions
         else:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+KEPT = 16
+"""Tables that `Positions` keeps, the last made: a run has one grid, a service a few."""
 
-@lru_cache(maxsize=64)
+
 def sincos_positions(grid: tuple[int, ...], width: int) -> Tensor:
     """Position table of a grid, float32 ``[N, width]``, N row-major (the order of `PatchShape.cut`).
 
@@ -32,3 +32,30 @@ def sincos_positions(grid: tuple[int, ...], width: int) -> Tensor:
         table[:, start : start + per_axis] = angles.sin()
         table[:, start + per_axis : start + 2 * per_axis] = angles.cos()
     return table.float()
+
+
+class Positions:
+    """Tables of the grids at hand, kept on the device where they are used, so that no step copies them there.
+
+    No buffers, so that neither a cast of the module nor a state dict knows of them.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self._tables: dict[tuple[tuple[int, ...], torch.device, torch.dtype], Tensor] = {}
+
+    def __call__(self, grid: tuple[int, ...], like: Tensor) -> Tensor:
+        """`sincos_positions` of `grid`, ``[N, width]``, with the device and dtype of `like`; not to be written to.
+
+        Raises:
+            ValueError: see `sincos_positions`.
+        """
+        key = grid, like.device, like.dtype
+        table = self._tables.get(key)
+        if table is None:
+            with torch.inference_mode(False):
+                table = sincos_positions(grid, self.width).to(like.device, like.dtype)
+            for old in list(self._tables)[: 1 - KEPT]:
+                self._tables.pop(old, None)
+            self._tables[key] = table
+        return table

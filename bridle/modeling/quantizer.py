@@ -15,9 +15,8 @@ from torch.nn import functional
 
 from bridle.config import QuantizerSettings
 from bridle.modeling.kmeans import kmeans, random_rows
-from bridle.modeling.lookup import Codebook, cluster_sums, full_float32, nearest, scores
+from bridle.modeling.lookup import Codebook, cluster_sums, full_float32, nearest, rows_at_once, scores
 
-_CHUNK = 8192  # positions taken through all stages at once: bounds memory, and is faster on CPU than all together
 _NORM_FLOOR = 1e-6  # a latent below this norm is not blown up to unit length, nor its gradient by more than 1e6
 _COINCIDENT = 1e-3  # initial codes closer than this, against latents of unit length, count as one ...
 _SEPARATION = 1e-2  # ... and are moved apart by noise of about this length
@@ -53,6 +52,24 @@ def normalize(latents: Tensor) -> Tensor:
     return functional.normalize(latents.float(), dim=-1, eps=_NORM_FLOOR)
 
 
+class _Prepared:
+    """Codebooks made ready for lookups, anew only when they have changed; a copy of a quantizer prepares its own."""
+
+    def __init__(self) -> None:
+        self._found: tuple[Tensor, int, list[Codebook]] | None = None
+
+    def __reduce__(self) -> tuple[type[_Prepared], tuple[()]]:
+        return _Prepared, ()
+
+    def __call__(self, rows: Tensor) -> list[Codebook]:
+        """rows: float32 ``[M, K, d]``, of which torch counts the changes in place."""
+        if rows.is_inference():  # it does not count those of such tensors
+            return [Codebook.of(one) for one in rows]
+        if self._found is None or self._found[0] is not rows or self._found[1] != rows._version:
+            self._found = rows, rows._version, [Codebook.of(one) for one in rows]
+        return self._found[2]
+
+
 class ResidualQuantizer(nn.Module):
     """M codebooks of K codes of width d; each quantizes what the ones before left over.
 
@@ -80,6 +97,7 @@ class ResidualQuantizer(nn.Module):
         statistics = torch.zeros(stages * size * (1 + dim), dtype=torch.float32)
         self.register_buffer("statistics", statistics, persistent=False)
         self._known_initialized = False
+        self._prepared = _Prepared()
 
     @property
     def counts(self) -> Tensor:
@@ -223,13 +241,12 @@ class ResidualQuantizer(nn.Module):
         residual = self._latents(z).reshape(-1, self.settings.dim)
         picked: list[Tensor] = []
         with full_float32(z.device):
-            for rows in self.codebooks:
+            for codebook in self._prepared(self.codebooks):
                 residual = normalize(residual) if self.settings.norm == "every" and picked else residual
-                codebook = Codebook.of(rows)
                 # Equal codes get one score, so that the stable sort puts the lowest index first.
                 ranked = scores(residual, codebook).index_select(1, codebook.first).sort(dim=1, stable=True).indices
                 picked.append(ranked[:, :k])
-                residual = residual - rows.index_select(0, ranked[:, 0])
+                residual = residual - codebook.rows.index_select(0, ranked[:, 0])
         return torch.stack(picked, dim=1).view(*z.shape[:-1], self.settings.codebooks, k)
 
     def _latents(self, z: Tensor) -> Tensor:
@@ -244,13 +261,14 @@ class ResidualQuantizer(nn.Module):
     def _quantize(self, latents: Tensor, *, learn: bool, weights: Tensor | None = None) -> Quantized:
         """Eqs. 1-3 for float32 ``[..., d]``; ``learn`` adds Eq. 9's statistics; weights: as in ``forward``."""
         flat = latents.reshape(-1, self.settings.dim)
-        shares = None if weights is None else weights.flatten().split(_CHUNK)
+        at_once = rows_at_once(flat.device, self.settings.codebook_size)
+        shares = None if weights is None else weights.flatten().split(at_once)
         errors = flat.new_zeros(self.settings.codebooks)
         with full_float32(flat.device):
-            codebooks = [Codebook.of(rows) for rows in self.codebooks]
+            codebooks = self._prepared(self.codebooks)
             parts = [
                 self._quantize_part(part, codebooks, errors, learn=learn, weights=None if shares is None else shares[i])
-                for i, part in enumerate(flat.split(_CHUNK))
+                for i, part in enumerate(flat.split(at_once))
             ]
         codes, quantized = (torch.cat(kind) for kind in zip(*parts, strict=True))
         return Quantized(
@@ -266,7 +284,7 @@ class ResidualQuantizer(nn.Module):
         """Codes ``[S, M]`` and their sum ``[S, d]`` of ``latents [S, d]``; adds squared norms, each times its weight
         ``[S]`` where there are any, to ``errors``."""
         codes: list[Tensor] = []
-        residual, quantized = latents, torch.empty(0)
+        residual = quantized = latents
         for stage, codebook in enumerate(codebooks):
             if stage > 0 and self.settings.norm == "every":
                 residual = normalize(residual)

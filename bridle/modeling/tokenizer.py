@@ -8,7 +8,7 @@ from bridle.config import EncoderSettings, EstimatorSettings, QuantizerSettings
 from bridle.modeling.blocks import PositionwiseBlocks, TransformerBlocks, start_weights
 from bridle.modeling.encoder import Encoder
 from bridle.modeling.patches import PatchShape, content_mask
-from bridle.modeling.positions import sincos_positions
+from bridle.modeling.positions import Positions
 from bridle.modeling.quantizer import ResidualQuantizer
 
 
@@ -88,6 +88,7 @@ class Estimator(nn.Module):
         else:
             self.blocks = PositionwiseBlocks(encoder.width, settings.depth)
         self.norm = nn.LayerNorm(encoder.width)
+        self.positions = Positions(encoder.width)
         self.head = nn.Linear(encoder.width, encoder.width)
         start_weights(self)
 
@@ -95,6 +96,6 @@ class Estimator(nn.Module):
         """``[B, N, d]`` to ``[B, N, width]``; valid: as in `Tokenizer.latents`."""
         tokens = self.embed(quantized.to(self.embed.weight.dtype))
         content = None if valid is None else content_mask(valid, tokens.shape[1])
-        tokens = self.blocks(tokens + sincos_positions(grid, self.width).to(tokens), grid, content)
+        tokens = self.blocks(tokens + self.positions(grid, tokens), grid, content)
         estimate: Tensor = self.head(self.norm(tokens))
         return estimate

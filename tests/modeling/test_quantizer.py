@@ -112,7 +112,7 @@ def test_of_equal_codes_the_lowest_index_wins_even_if_the_product_is_rounded_in_
 
 
 def test_a_collision_of_hashes_joins_no_codes_that_differ(monkeypatch):
-    monkeypatch.setattr(lookup, "_hash_multipliers", lambda dim: torch.zeros(dim, dtype=torch.int64))
+    monkeypatch.setattr(lookup, "_hash_multipliers", lambda dim, device: torch.zeros(dim, dtype=torch.int64))
     rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     assert Codebook.of(rows).first.tolist() == [0, 1, 2, 3, 4, 5]
 
