@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 PLAIN = ("iteration", "steps", "clips", "run")
+OF_A_CODEBOOK = {
+    "accuracy": "accuracy", "position_accuracy": "by position alone", "codebook_majority": "most frequent code",
+    "codebook_usage": "CUR", "codebook_ecu": "ECU", "codebook_perplexity": "perplexity",
+}  # fmt: skip
+"""Figures of each codebook, and what they are called in the table."""
+ABOUT = (
+    "Accuracy: of the codes of hidden patches; it has to clear what the next two columns score: who knows a patch's "
+    "position only, and who always names the most frequent code. CUR: share of the codes that occur; ECU: 1 where all "
+    "occur equally often. Both are of the held-out clips, few of which cannot fill many codes."
+)
 
 
 def model_card(config: Mapping[str, Any]) -> str:
-    """The card of a model; config: `ModelConfig` as plain data. `trained` may hold `data`, `figures` and `probe`."""
+    """The card of a model; config: `ModelConfig` as plain data. `trained` may hold `data`, `figures` and `probe`, the
+    last two as `bridle.evaluation.card_figures` makes them."""
     quantizer, trained = config["quantizer"], config["trained"]
     kind = "a random projection, from the cold start" if config["tokenizer"] == "cold_start" else "learned"
     parts = [
@@ -21,8 +32,8 @@ def model_card(config: Mapping[str, Any]) -> str:
         _USE,
         f"Trained with bridle {config['bridle']}: {_trained(trained)}.",
         _data(trained.get("data")),
-        _table("Held-out figures", trained.get("figures")),
-        _table("Probes", trained.get("probe")),
+        _figures(trained.get("figures") or {}),
+        _probe(trained.get("probe") or {}),
         "## Licence",
         f"Weights: {config['licence']}."
         if config.get("licence")
@@ -61,14 +72,38 @@ def _data(names: Any) -> str:
     return "Data: " + ", ".join(f"`{name}`" for name in names) + "." if names else ""
 
 
-def _table(title: str, figures: Any) -> str:
+def _figures(figures: Mapping[str, Any]) -> str:
+    """A table with a line per codebook, then what the model has one figure of."""
     if not figures:
         return ""
-    rows = "\n".join(f"| {name} | {_number(value)} |" for name, value in figures.items())
-    return f"## {title}\n\n| figure | value |\n| --- | --- |\n{rows}"
+    columns = {title: figures[key] for key, title in OF_A_CODEBOOK.items() if isinstance(figures.get(key), list)}
+    lines = [[str(number + 1), *cells] for number, cells in enumerate(zip(*columns.values(), strict=True))]
+    single = [[name, value] for name, value in figures.items() if not isinstance(value, list) and name != "verdict"]
+    parts = [
+        "## Held-out figures",
+        f"{figures['verdict']}." if "verdict" in figures else "",
+        _table(["codebook", *columns], lines) if lines else "",
+        ABOUT if lines else "",
+        _table(["figure", "value"], single) if single else "",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _probe(probe: Mapping[str, Any]) -> str:
+    if not probe:
+        return ""
+    scores = probe["scores"]
+    readers = list(next(iter(scores.values()), {}))
+    lines = [[name, *(by_reader[reader] for reader in readers)] for name, by_reader in scores.items()]
+    told = "\n".join(f"- {line}" for line in probe["verdicts"])
+    parts = ["## Probes", f"{probe['about']}.", _table(["feature", *readers], lines), told]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    rows = [head, ["---"] * len(head), *([_number(cell) for cell in line] for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _number(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_number, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

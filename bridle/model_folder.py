@@ -117,24 +117,28 @@ def save_model(
     """Writes a model folder, whole or not at all.
 
     encoder, tokenizer: state dicts; learned: whether the tokenizer is `LearnedTokenizer`'s (else the cold start's).
+    trained: see `model_card`; a probe of other weights is left out.
     """
-    config = ModelConfig(
-        format=FORMAT,
-        bridle=__version__,
-        name=name,
-        modality=modality,
-        clip=dict(clip),
-        tokenizer="learned" if learned else "cold_start",
-        encoder=encoder_settings,
-        quantizer=quantizer_settings,
-        licence=licence,
-        trained=dict(trained),
-    )
+    trained = dict(trained)
     weights = {f"encoder.{key}": value for key, value in encoder.items()}
     weights |= {f"tokenizer.{key}": value for key, value in tokenizer.items()}
     with whole_folder(folder) as aside:
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in weights.items()}, aside / "model.safetensors"
+        )
+        if (trained.get("probe") or {}).get("sha256") != sha256(aside / "model.safetensors"):
+            trained.pop("probe", None)
+        config = ModelConfig(
+            format=FORMAT,
+            bridle=__version__,
+            name=name,
+            modality=modality,
+            clip=dict(clip),
+            tokenizer="learned" if learned else "cold_start",
+            encoder=encoder_settings,
+            quantizer=quantizer_settings,
+            licence=licence,
+            trained=trained,
         )
         (aside / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(model_card(config.model_dump(mode="json")), encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 
 from bridle.config import ColdStartPhase, Recipe, RunSettings
-from bridle.evaluation.run_folder import read_run
+from bridle.evaluation.card_figures import heldout_figures, probe_figures
 from bridle.modalities import build_modality
 from bridle.model_folder import save_model
 from bridle.settings import RecipeError, parse_settings
@@ -18,8 +18,6 @@ from bridle.training.manifest import check_folder
 from bridle.training.schedule import MAKES_ENCODER, iteration_of, tokenizer_phase_of
 
 SettingsT = TypeVar("SettingsT", bound=RunSettings)
-NOT_FIGURES = {"phase", "phase_index", "split", "step", "samples", "time", "lr", "samples_per_second", "data_wait"}
-"""Of a row of metrics.jsonl: what says nothing about the model."""
 FREE_TO_CHANGE = {
     "data.workers", "data.cache", "data.cache_gb", "data.max_corrupt", "train.micro_batch_size", "train.log_every",
     "train.checkpoint_every", "train.evaluate_every", "train.evaluate_clips", "train.prometheus_port",
@@ -67,17 +65,11 @@ def export_model(
             "clips": position.samples,
             "run": run.resolve().name,
             "data": [pattern for source in recipe.data.mixture for pattern in source.shards],
-            "figures": _figures(run, phase_index),
+            "figures": heldout_figures(run, phase_index),
+            "probe": probe_figures(run),
         },
         licence=licence,
     )
-
-
-def _figures(run: Path, phase_index: int) -> dict[str, Any]:
-    """The last held-out figures of a phase, for the model's card; none where nothing was held out."""
-    phases = {phase.index: phase for phase in read_run(run).phases}
-    rows = phases[phase_index].heldout if phase_index in phases else []
-    return {name: value for name, value in (rows[-1] if rows else {}).items() if name not in NOT_FIGURES}
 
 
 def finished_encoder_phases(run: Path) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +11,10 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import torch
 import yaml
+from untrained import save_untrained
 
 from bridle.config import recipe_from_mapping
-from bridle.modalities import build_modality
-from bridle.model_folder import patch_shape, save_model
-from bridle.modeling.bridle import Components
 
 RECIPE = """
 modality: audio
@@ -35,17 +33,7 @@ phases:
 def write_random_model(folder: Path, **changes: Any) -> Path:
     """An untrained model of RECIPE with other sections, its codebooks initialised on random latents."""
     recipe = recipe_from_mapping({**yaml.safe_load(RECIPE), **changes}, "RECIPE")
-    modality = build_modality(recipe.modality, recipe.clip)
-    components = Components(recipe.model, patch_shape(modality))
-    tokenizer = components.tokenizer(1)
-    generator = torch.Generator().manual_seed(0)
-    tokenizer.quantizer.initialize(torch.randn(2048, recipe.model.quantizer.dim, generator=generator), generator)
-    save_model(
-        folder, name="tiny", modality=recipe.modality, clip=modality.settings.model_dump(mode="json"),
-        encoder_settings=recipe.model.encoder, quantizer_settings=recipe.model.quantizer,
-        encoder=components.encoder(0).state_dict(), tokenizer=tokenizer.state_dict(), learned=True, trained={},
-    )  # fmt: skip
-    return folder
+    return save_untrained(folder, recipe, "tiny")
 
 
 def tone(seconds: float, format: str = "WAV") -> bytes:
@@ -66,3 +54,18 @@ def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return path
+
+
+def write_pitches(path: Path) -> Path:
+    """12 short sounds of low and high pitch in noise, three a group; one has no label, one is no sound."""
+    rng, files = np.random.default_rng(0), {}
+    for number in range(12):
+        time = np.arange(12_800) / 16_000
+        tone = 0.3 * np.sin(2 * np.pi * (300, 2500)[number % 2] * time) + rng.normal(0, 0.05, len(time))
+        file = io.BytesIO()
+        soundfile.write(file, tone.astype(np.float32), 16_000, format="WAV", subtype="PCM_16")
+        files[f"{number:02d}.wav"] = file.getvalue()
+        files[f"{number:02d}.cls"] = b"low\n" if number % 2 == 0 else b"high\n"
+        files[f"{number:02d}.json"] = json.dumps({"room": number // 3, "tags": ["all", number % 2]}).encode()
+    files |= {"50.wav": files["00.wav"], "51.wav": b"RIFF, but no sound", "51.cls": b"low", "51.json": b'{"room": 9}'}
+    return write_tar(path, files)

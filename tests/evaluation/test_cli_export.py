@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import stat
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from evaluation_inputs import write_pitches
 
 import bridle
 from bridle.cli import main
@@ -86,3 +89,30 @@ def test_an_exported_model_may_be_given_a_name(
     with pytest.raises(SystemExit) as ended:
         main(["export", str(tiny_run), str(tmp_path / "other"), "--name", "../birds"])
     assert ended.value.code == 2 and "'../birds' is no name for a model" in capsys.readouterr().err
+
+
+def test_the_card_has_the_runs_figures_and_the_probe_that_lies_beside_it(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run, target = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(tiny_run, run)
+    shards = str(write_pitches(tmp_path / "pitches.tar"))
+    given = ["probe", str(run / "models" / "final"), shards, "--labels", "cls", "--folds", "2", "--workers", "0"]
+    assert main([*given, "--out", str(run)]) == 0
+    claims = [line for line in capsys.readouterr().out.splitlines() if " above " in line or " told apart " in line]
+    assert claims and main(["export", str(run), str(target)]) == 0
+    card = (target / "README.md").read_text()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["phase_index"] == 3 and row["split"] == "heldout"][-1]
+    ecu = last["codebook_usage"][1] * math.log(last["codebook_perplexity"][1]) / math.log(64)
+    cells = [last["accuracy"][1], last["position_accuracy"][1], last["codebook_majority"][1]]
+    cells += [last["codebook_usage"][1], ecu, last["codebook_perplexity"][1]]
+    assert "| 2 | " + " | ".join(f"{cell:.4g}" for cell in cells) + " |" in card
+    assert "| feature | linear | k-NN |" in card and all(f"- {claim}" in card for claim in claims)
+    assert main(["export", str(run), str(target), "--iteration", "1"]) == 0  # other weights than those probed
+    card = (target / "README.md").read_text()
+    assert "by position alone" in card and "Probes" not in card
+    (run / "probe.json").write_text('{"model": 1}')
+    assert main(["export", str(run), str(target)]) == 0
+    assert "not what `bridle probe` writes" in caplog.text
+    assert "Probes" not in (target / "README.md").read_text()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-from evaluation_inputs import write_random_model, write_tar
+from evaluation_inputs import write_pitches, write_random_model, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -177,18 +175,7 @@ def test_a_model_that_is_one_lucky_draw_of_random_weights_is_not_said_to_be_abov
 
 @pytest.fixture(scope="module")
 def two_pitches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 short sounds of low and high pitch in noise, three a group; one has no label, one is no sound."""
-    rng, files = np.random.default_rng(0), {}
-    for number in range(12):
-        time = np.arange(12_800) / 16_000
-        tone = 0.3 * np.sin(2 * np.pi * (300, 2500)[number % 2] * time) + rng.normal(0, 0.05, len(time))
-        file = io.BytesIO()
-        soundfile.write(file, tone.astype(np.float32), 16_000, format="WAV", subtype="PCM_16")
-        files[f"{number:02d}.wav"] = file.getvalue()
-        files[f"{number:02d}.cls"] = b"low\n" if number % 2 == 0 else b"high\n"
-        files[f"{number:02d}.json"] = json.dumps({"room": number // 3, "tags": ["all", number % 2]}).encode()
-    files |= {"50.wav": files["00.wav"], "51.wav": b"RIFF, but no sound", "51.cls": b"low", "51.json": b'{"room": 9}'}
-    return write_tar(tmp_path_factory.mktemp("pitches") / "pitches.tar", files)
+    return write_pitches(tmp_path_factory.mktemp("pitches") / "pitches.tar")
 
 
 def _probed(folder: Path, *arguments: str) -> dict:

@@ -90,13 +90,21 @@ def test_transformers_auto_classes_load_a_model_folder(models: dict[str, Path], 
 
 def test_the_card_says_what_is_known(tmp_path: Path, models: dict[str, Path]) -> None:
     model = bridle.load(models["audio"])
-    model.config.trained.update(
-        steps=10, data=["shards/*.tar"], figures={"accuracy": [0.51234567, 0.4], "loss": 1.25}, probe={"esc50": 0.7}
-    )
+    figures = {"accuracy": [0.51234567, 0.4], "position_accuracy": [0.3, 0.2], "loss": 1.25, "verdict": "all is well"}
+    scores = {"codes (depth 1)": {"linear": "0.700 [0.600, 0.800]"}}
+    probe = {"sha256": model.sha256, "about": "accuracy", "scores": scores, "verdicts": ["above"]}
+    model.config.trained.update(steps=10, data=["shards/*.tar"], figures=figures, probe=probe)
     model.save_pretrained(tmp_path / "m", licence="cc-by-4.0")
     card = (tmp_path / "m" / "README.md").read_text()
-    for said in ("license: cc-by-4.0", "steps 10", "`shards/*.tar`", "| accuracy | 0.5123, 0.4 |", "| esc50 | 0.7 |"):
+    for said in (
+        "license: cc-by-4.0", "steps 10", "`shards/*.tar`", "| codebook | accuracy | by position alone |",
+        "| 1 | 0.5123 | 0.3 |", "| 2 | 0.4 | 0.2 |", "| loss | 1.25 |", "all is well.",
+        "| codes (depth 1) | 0.700 [0.600, 0.800] |", "- above",
+    ):  # fmt: skip
         assert said in card
+    model.config.trained["probe"]["sha256"] = "0" * 64
+    model.save_pretrained(tmp_path / "m")
+    assert "Probes" not in (tmp_path / "m" / "README.md").read_text()
 
 
 def test_a_path_that_is_not_there_never_asks_the_hub(
