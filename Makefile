@@ -7,8 +7,8 @@ DEMO ?= runs/demo
 MASTER_PORT ?= 29500
 DEMO_CLIP := $(DEMO)/clip.ogg
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
-# What the launcher says of itself goes to a file.
-LAUNCHER = "/^\\[[0-9-]+ [0-9:,]+\\] \\[(INFO|WARNING)\\]/ {print > file; next} {print; fflush()}"
+# What the launcher says of itself is kept from the screen. Line by line: mawk would hold the progress of minutes back.
+LAUNCHER = '^\[[0-9-]+ [0-9:,]+\] \[(INFO|WARNING)\]'
 
 .DELETE_ON_ERROR:
 .PHONY: setup demo test test-fast lint ruff format-check types clean lock mutants lock-cpu dashboards
@@ -29,8 +29,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: $(INSTALLED)
 	@mkdir -p $(DEMO)
-	bash -o pipefail -c 'deepspeed --num_gpus 2 --master_port $(MASTER_PORT) bridle/pretrain.py \
-		--deepspeed_config ds_configs/zero2.json --run $(DEMO) 2>&1 | awk -v file=$(DEMO)/launcher.log $(LAUNCHER)'
+	bash -o pipefail -c "deepspeed --num_gpus 2 --master_port $(MASTER_PORT) bridle/pretrain.py \
+		--deepspeed_config ds_configs/zero2.json --run $(DEMO) 2>&1 | tee $(DEMO)/launcher.log | grep --line-buffered -vE $(LAUNCHER)"
 	bridle export $(DEMO) $(DEMO)/model
 	python examples/one_clip.py builtin:audio-heldout 12 $(DEMO_CLIP)
 	bridle tokenize $(DEMO)/model $(DEMO_CLIP)
