@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -23,6 +24,8 @@ from bridle.recipe_files import shipped_recipes
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = re.compile(r"(deepspeed|torchrun|srun|bridle)\b")
+OTHERS = re.compile(r"(make|pip|uv|docker|kubectl|curl|promtool|python3?|docker/\S+\.(?:sh|py))\s")
+"""Programs of others that README and docs have people type, without those that cannot be asked without being run."""
 PHASES = "{kind: cold_start}, {kind: encoder, steps: 2, lr: 0.001}, {kind: tokenizer, steps: 2, lr: 0.001}"
 SHORT = [
     "model={size: tiny, encoder: {depth: 1}, quantizer: {codebooks: 2, codebook_size: 16, dim: 16}}", "clip.seconds=1",
@@ -32,15 +35,16 @@ SHORT = [
 """What makes the paper's recipe a matter of seconds; everything else stays as README has it."""
 
 
-def documented(page: Path) -> list[str]:
+def documented(page: Path, programs: re.Pattern[str] = OURS) -> list[str]:
     """The command lines of a page's blocks that are not in another language, without comments."""
     blocks = re.findall(r"^```(\S*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     shell = [block for language, block in blocks if language in ("", "bash", "sh")]
     lines = [line for block in shell for line in block.replace("\\\n", " ").splitlines()]
-    return [re.sub(r"\s+# .*$", "", line).strip() for line in lines if OURS.match(line)]
+    return [re.sub(r"\s+# .*$", "", line).strip() for line in lines if programs.match(line)]
 
 
 LINES = [(page.name, line) for page in PAGES for line in documented(page)]
+OTHER_LINES = [(page.name, line) for page in PAGES for line in documented(page, OTHERS)]
 
 
 @pytest.mark.parametrize(("page", "line"), LINES, ids=[f"{page}: {line[:60]}" for page, line in LINES])
@@ -63,6 +67,38 @@ def test_every_documented_command_line_is_one_that_the_programs_take(page: str, 
     load_recipe(recipe, [word for word in overrides(args) if "--" not in word])
     config = args.deepspeed_config
     assert config == "FILE" or config.startswith("builtin:") or (ROOT / config).is_file()
+
+
+@pytest.mark.parametrize(("page", "line"), OTHER_LINES, ids=[f"{page}: {line[:60]}" for page, line in OTHER_LINES])
+def test_every_documented_line_of_another_program_is_one_that_it_takes(page: str, line: str, tmp_path: Path) -> None:
+    """Without doing it: its own parser, a dry run, or a rendering; and the files of ours that it names are there."""
+    words = shlex.split(re.sub(r"\$\([^)]*\)", "X", line).rstrip(" &"))
+    ours = {path.name for path in ROOT.iterdir()}
+    named = [word for word in words if word.split("/")[0] in ours and word != "runs"]
+    assert [word for word in named if not (ROOT / word).exists()] == []
+    (tmp_path / "keys.txt").write_text("a key")
+    where = tmp_path if "--from-file" in words else ROOT
+    dry = dry_run(words)
+    if dry is None:
+        return  # a script of ours, compose (see test_images.py), a tool that is not here: its files are there
+    done = subprocess.run(dry, cwd=where, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-1000:]
+
+
+def dry_run(words: list[str]) -> list[str] | None:
+    """The same line so that its program does nothing but judge it."""
+    program = Path(sys.executable).parent / words[0] if words[0] in ("pip", "uv") else shutil.which(words[0])
+    if program is None or "/" in words[0] or words[0].startswith("python") or words[:2] == ["docker", "compose"]:
+        return None
+    if words[0] == "make":
+        return ["make", "--dry-run", *words[1:]]
+    if words[:2] == ["kubectl", "apply"]:
+        return ["kubectl", "kustomize", words[words.index("-k") + 1]]
+    if "secret" in words:
+        return [*words, "--dry-run=client"]
+    if words[0] == "docker":  # behind an image, all words are the container's
+        return [*words[:2], "--help", *words[2:]]
+    return [str(program), *words[1:], "--help"]
 
 
 def readme(beginning: str) -> str:
