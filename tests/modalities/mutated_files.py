@@ -1,6 +1,6 @@
 """Damages files and counts what a modality makes of them.
 
-    python tests/modalities/mutated_files.py [--count 500] [--seed 0]
+    python tests/modalities/mutated_files.py [KIND ...] [--count 500] [--seed 0]
 
 Each kind of file is damaged `count` times and tokenized: sounds and pictures in this process, videos in the isolated
 child. A crash of this process, or a file over its time, is a failure.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 import torch
 from encoded_audio import encode, tone
 from encoded_video import encode_video, frame_picture
@@ -32,21 +33,34 @@ VIDEOS: dict[str, dict[str, Any]] = {
     "mkv": {"container": "matroska", "codec": "libx265", "options": X265},
     "webm": {"container": "webm", "codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},
     "avi": {"container": "avi", "codec": "mpeg4"},
+    "mov": {"container": "mov"},
+    "ts": {"container": "mpegts"},
 }
 PICTURES = {
     "jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tif": "TIFF", "avif": "AVIF",
 }  # fmt: skip
-SOUNDS = ("wav", "aiff", "caf", "flac", "mp3", "ogg", "opus", "m4a", "aac", "webm", "mka")
+SOUNDS = ("wav", "aiff", "caf", "flac", "mp3", "ogg", "opus", "m4a", "aac", "weba", "mka")
+WAVS: dict[str, dict[str, str]] = {
+    "rifx": {"endian": "BIG"}, "rf64": {"format": "RF64"}, "wavex": {"format": "WAVEX", "subtype": "PCM_24"},
+    "wav-float": {"subtype": "FLOAT"}, "wav-ulaw": {"subtype": "ULAW"}, "wav-adpcm": {"subtype": "IMA_ADPCM"},
+    "wav-ms": {"subtype": "MS_ADPCM"}, "wav-gsm": {"subtype": "GSM610"},
+}  # fmt: skip
+"""Variants of wav, as libsndfile writes them."""
 LIMITS = Limits(max_pixels=4_000_000, max_frames=2000, max_seconds=600)
 
 
 def original(kind: str) -> bytes:
-    """A sound file of the kind."""
+    """A file of the kind."""
     if kind in SOUNDS:
-        return encode(tone(2.0), 16_000, kind)
+        return encode(tone(2.0), 16_000, {"weba": "webm"}.get(kind, kind))
     if kind in VIDEOS:
         return encode_video(24, **VIDEOS[kind])
     buffer = io.BytesIO()
+    if kind in WAVS:
+        told = {"format": "WAV", "subtype": "PCM_16", **WAVS[kind]}
+        samples = tone(2.0) / np.float32(32_768) if told["subtype"] == "FLOAT" else tone(2.0)
+        soundfile.write(buffer, samples, 16_000, **told)
+        return buffer.getvalue()
     Image.fromarray(frame_picture(37, 120, 80)).save(buffer, PICTURES[kind])
     return buffer.getvalue()
 
@@ -72,7 +86,7 @@ def modality_for(kind: str) -> Modality:
     """Tokenizes small clips within `LIMITS`."""
     if kind in PICTURES:
         return build_modality("image", {"size": [32, 32]}, LIMITS)
-    if kind in SOUNDS:
+    if kind in SOUNDS or kind in WAVS:
         return build_modality("audio", {"seconds": 1.0}, LIMITS)
     clip = {"frames": 8, "stride": 2, "size": [32, 32], "decode_seconds": 10.0, "decode_memory_mb": 1024}
     return build_modality("video", clip, LIMITS)
@@ -104,10 +118,11 @@ def peak_mb(pid: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", help="all, unless some are named")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    for kind in (*SOUNDS, *PICTURES, *VIDEOS):
+    for kind in arguments.kinds or (*SOUNDS, *WAVS, *PICTURES, *VIDEOS):
         found, longest = outcomes(modality_for(kind), mutants(original(kind), arguments.count, arguments.seed))
         childs = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()
         peaks = ", ".join(f"{peak_mb(int(pid))} MB in the child" for pid in childs)
