@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
+from untrained import save_untrained
 
 from bridle.config import load_recipe
-from bridle.modalities import build_modality
-from bridle.model_folder import patch_shape, save_model
-from bridle.modeling.bridle import Components
 
 CLIPS = {
     "audio": {"seconds": 1.0},
@@ -20,23 +17,5 @@ CLIPS = {
 
 def write_model(folder: Path, modality: str = "audio", *, name: str | None = None, seed: int = 0) -> Path:
     """Writes a model folder; another seed gives other codes."""
-    recipe = load_recipe("audio-mini")
-    clip = CLIPS[modality]
-    shape = patch_shape(build_modality(modality, clip))
-    components = Components(recipe.model, shape)
-    tokenizer = components.tokenizer(seed)
-    generator = torch.Generator().manual_seed(seed)
-    tokenizer.quantizer.initialize(torch.randn(2048, recipe.model.quantizer.dim, generator=generator), generator)
-    save_model(
-        folder,
-        name=name or f"{modality}-test",
-        modality=modality,
-        clip=clip,
-        encoder_settings=recipe.model.encoder,
-        quantizer_settings=recipe.model.quantizer,
-        encoder=components.encoder(seed).state_dict(),
-        tokenizer=tokenizer.state_dict(),
-        learned=True,
-        trained={"steps": 0},
-    )
-    return folder
+    recipe = load_recipe("audio-mini").model_copy(update={"modality": modality, "clip": CLIPS[modality]})
+    return save_untrained(folder, recipe, name or f"{modality}-test", seed)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
+from untrained import save_untrained
 
 from bridle.config import load_recipe
 from bridle.data.shards import open_shards
-from bridle.modalities import build_modality, modality_class
-from bridle.model_folder import patch_shape, save_model
-from bridle.modeling.bridle import Components
+from bridle.modalities import modality_class
+from bridle.tokens.bulk import VOCABULARY
 
 CLIPS = {"audio": {"seconds": 1.0}, "image": {"size": [32, 32]}, "video": {"size": [32, 32], "frames": 4}}
 QUANTIZER = {"codebooks": 3, "codebook_size": 32, "dim": 16}
@@ -25,17 +25,13 @@ def write_model(folder: Path, modality: str, seed: int = 0) -> Path:
     changes = [f"model.quantizer.{name}={value}" for name, value in QUANTIZER.items()]
     recipe = load_recipe(f"{modality}-mini", [*changes, "model.encoder.depth=1"])
     recipe = recipe.model_copy(update={"clip": CLIPS[modality]})
-    shaped = build_modality(recipe.modality, recipe.clip)
-    components = Components(recipe.model, patch_shape(shaped))
-    tokenizer = components.tokenizer(seed)
-    generator = torch.Generator().manual_seed(seed)
-    tokenizer.quantizer.initialize(torch.randn(512, recipe.model.quantizer.dim, generator=generator), generator)
-    save_model(
-        folder, name=f"{modality}-tiny", modality=modality, clip=shaped.settings.model_dump(mode="json"),
-        encoder_settings=recipe.model.encoder, quantizer_settings=recipe.model.quantizer,
-        encoder=components.encoder(seed).state_dict(), tokenizer=tokenizer.state_dict(), learned=True, trained={},
-    )  # fmt: skip
-    return folder
+    return save_untrained(folder, recipe, f"{modality}-tiny", seed)
+
+
+def hashes(out: Path) -> dict[str, str]:
+    """Of everything that must not depend on who did it; not of what a killed writer left, which goes after a while."""
+    files = [*(out / "data").glob("[!.]*"), out / "manifest.json", out / "job.json", out / VOCABULARY]
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def sample_media(modality: str, count: int) -> list[tuple[str, bytes]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from corpus_inputs import sample_media, write_model, write_shards, write_tar
+from corpus_inputs import hashes, sample_media, write_model, write_shards, write_tar
 
 import bridle
 from bridle.cli import main
@@ -21,12 +20,6 @@ from bridle.tokens.vocabulary import IdSpace, id_space_from_json
 
 def bulk(model: Path, inputs: list[Any], out: Path | str, *more: str, workers: int = 0) -> int:
     return main(["tokenize", str(model), *map(str, inputs), "--out", str(out), "--workers", str(workers), *more])
-
-
-def hashes(out: Path) -> dict[str, str]:
-    """Of everything that must not depend on who did it."""
-    files = [*(out / "data").iterdir(), out / "manifest.json", out / "job.json", out / VOCABULARY]
-    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def manifest(out: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import requests
 from bulk_process import start
-from corpus_inputs import sample_media, write_tar
+from corpus_inputs import hashes, sample_media, write_tar
 
 from bridle.cli import main
 from bridle.tokens.claims import Claims
@@ -41,12 +40,6 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         )
         for shard in range(SHARDS)
     ]
-
-
-def hashes(out: Path) -> dict[str, str]:
-    """Of outputs and manifest; not of what a killed writer left, which has a name of its own and goes after a while."""
-    files = [*(out / "data").glob("[!.]*"), out / "manifest.json"]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def done(out: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import threading
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from corpus_inputs import sample_media, write_tar
+from corpus_inputs import hashes, sample_media, write_tar
 
 import bridle
 import bridle.ray
@@ -37,11 +36,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     )  # fmt: skip
     yield
     ray.shutdown()
-
-
-def hashes(out: Path) -> dict[str, str]:
-    files = [*(out / "data").iterdir(), out / "manifest.json"]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def kill_an_actor(parts: Path, killed: list[int]) -> None:
