@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ class Record:
     duration_s: float | None
     members: Mapping[str, bytes] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def about(self) -> dict[str, Any]:
         """KEY.json, parsed; empty without one, or where it is no object."""
         try:

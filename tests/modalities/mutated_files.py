@@ -34,7 +34,6 @@ VIDEOS: dict[str, dict[str, Any]] = {
     "webm": {"container": "webm", "codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},
     "avi": {"container": "avi", "codec": "mpeg4"},
     "mov": {"container": "mov"},
-    "ts": {"container": "mpegts"},
 }
 PICTURES = {
     "jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tif": "TIFF", "avif": "AVIF",
