@@ -178,6 +178,10 @@ class TrainSettings(Settings):
     """Held-out clips looked at, at most."""
     collective_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds that ranks wait for each other, at the start and in a step; then the run ends, naming who is missing."""
+    compile: bool = False
+    """Have torch compile the transformers' blocks: minutes at the start, then fewer kernels. Not with ZeRO stage 3."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
     prometheus_port: Annotated[int, Field(ge=0, le=65535)] = 9464
     """Port of rank 0's metrics; a taken port is replaced by a free one, which is logged; 0: off."""
 

@@ -15,6 +15,7 @@ from bridle.data.stream import MicroBatch
 from bridle.measuring.reference import ViTMAEStep, is_installed
 from bridle.measuring.workbench import Workbench
 from bridle.training.checkpoints import Position
+from bridle.training.clips import Delivered
 from bridle.training.loop import PhaseRun
 from bridle.training.machine import Product, seconds, stated_rate
 from bridle.training.measures import Sums
@@ -60,10 +61,12 @@ class Steps:
         self.window, self.sums = Window(phase.ranks), Sums(len(phase.job.metric_names), self.device)
         self.padded = self.positions = 0
         self._numbers, self._batches = count(), self._seen(phase.batches(Position()))
+        self._delivered = Delivered(self._batches, phase.deliver)
+        phase.engine.train()
 
     def __call__(self) -> None:
         """One optimizer step."""
-        self.phase.step(next(self._numbers), self._batches, self.window, self.sums)
+        self.phase.step(next(self._numbers), self._delivered, self.window, self.sums)
 
     def reset(self) -> None:
         """Forgets times and sums."""

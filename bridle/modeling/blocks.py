@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,55 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, 
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from bridle.config import TransformerSettings
 
+COMPILED_SHAPES = 64
+"""Graphs that torch may make of a block's code: encoder, decoder, tokenizer and estimator, each in training and in
+evaluation, with padding and without; torch's own limit of 8 would end the run."""
 
-class TransformerBlocks(nn.Module):
+
+class Blocks(nn.Module):
+    """Blocks one after another. recompute: keep only what goes into each, and compute the rest again for gradients."""
+
+    blocks: nn.ModuleList
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recompute = False
+
+    def through(
+        self, block: Callable[..., Tensor], tokens: Tensor, *given: Tensor | None, **named: Tensor | None
+    ) -> Tensor:
+        """What `block` gives for `tokens`."""
+        if self.recompute and torch.is_grad_enabled():
+            # Nothing in a block is drawn at random.
+            found: Tensor = checkpoint(block, tokens, *given, use_reentrant=False, preserve_rng_state=False, **named)
+            return found
+        return block(tokens, *given, **named)
+
+
+def recompute_activations(module: nn.Module) -> None:
+    """Has all blocks inside `module` compute again what the backward pass needs, instead of keeping it."""
+    for part in module.modules():
+        if isinstance(part, Blocks):
+            part.recompute = True
+
+
+def compile_blocks(module: nn.Module, backend: Any = "inductor") -> None:
+    """Has torch compile the blocks inside `module`, each in one graph for each shape; equal blocks share theirs.
+
+    It is an error if a block cannot be compiled whole. backend: torch.compile's.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
+    for part in module.modules():
+        if isinstance(part, Blocks):
+            for block in part.blocks:
+                block.compile(backend=backend, fullgraph=True, dynamic=False)
+
+
+class TransformerBlocks(Blocks):
     """Pre-norm blocks with full attention (timm's, on scaled_dot_product_attention): ``[B, N, D]`` to ``[B, N, D]``."""
 
     def __init__(self, width: int, depth: int, heads: int) -> None:
@@ -37,9 +82,9 @@ class TransformerBlocks(nn.Module):
         mask = None if content is None else content[:, None, None, :]
         for i, block in enumerate(self.blocks):
             if branches is None:
-                tokens = block(tokens, attn_mask=mask)
+                tokens = self.through(block, tokens, attn_mask=mask)
             else:
-                tokens = _weighted(block, tokens, mask, branches[:, i].to(tokens))
+                tokens = self.through(partial(_weighted, block), tokens, mask, branches[:, i].to(tokens))
         return tokens
 
 
@@ -51,7 +96,7 @@ def _weighted(block: Any, tokens: Tensor, mask: Tensor | None, factors: Tensor) 
     return changed
 
 
-class PositionwiseBlocks(nn.Module):
+class PositionwiseBlocks(Blocks):
     """Residual perceptrons, each position for itself: ``[B, N, D]`` to ``[B, N, D]``."""
 
     def __init__(self, width: int, depth: int) -> None:
@@ -61,11 +106,11 @@ class PositionwiseBlocks(nn.Module):
     def forward(self, tokens: Tensor, grid: tuple[int, ...], content: Tensor | None = None) -> Tensor:
         """See `TransformerBlocks.forward`; no position sees another one, so padding needs no care."""
         for block in self.blocks:
-            tokens = tokens + block(tokens)
+            tokens = tokens + self.through(block, tokens)
         return tokens
 
 
-class SwinBlocks(nn.Module):
+class SwinBlocks(Blocks):
     """Swin blocks over a 2-D grid, every other one shifted by half a window: ``[B, N, D]`` to ``[B, N, D]``.
 
     Any grid works: what the window does not divide is padded with zeros, which are attended to as in timm. A grid
@@ -103,7 +148,7 @@ class SwinBlocks(nn.Module):
                 self._with_padding(padding, self.shift, shifted, tokens),
             )
         for block in self._each():
-            tokens = block(tokens, shifted if any(block.shift_size) else plain)
+            tokens = self.through(block, tokens, shifted if any(block.shift_size) else plain)
         return tokens.reshape(batch, count, width)
 
     def _each(self) -> list[_SwinBlock]:

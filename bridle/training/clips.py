@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bridle.config import MaskSettings, RunSettings
+from bridle.data.stream import MicroBatch
 from bridle.modalities import build_modality, modality_class
 from bridle.modalities.clip import Modality
 from bridle.modeling.masking import draw_mask, hidden_count, split_positions
@@ -60,8 +63,45 @@ class Delivery:
         return moved
 
 
+class Delivered:
+    """Micro-batches with their tensors on the device. `fetch` takes the next one early, so that its copy goes on beside
+    what the device computes: on CUDA from pinned memory, on a stream of its own.
+    """
+
+    def __init__(self, batches: Iterator[MicroBatch], deliver: Delivery) -> None:
+        self._batches, self._deliver = batches, deliver
+        self._ahead: tuple[MicroBatch, dict[str, Tensor]] | None = None
+        self._copies = torch.cuda.Stream(deliver.device) if deliver.device.type == "cuda" else None
+
+    def fetch(self) -> None:
+        """Takes the next micro-batch, if there is one and it was not taken; waits for the loaders, as `next` does."""
+        if self._ahead is None and (batch := next(self._batches, None)) is not None:
+            with torch.cuda.stream(self._copies) if self._copies else contextlib.nullcontext():
+                self._ahead = batch, self._deliver(batch.tensors)
+
+    def __iter__(self) -> Delivered:
+        return self
+
+    def __next__(self) -> tuple[MicroBatch, dict[str, Tensor]]:
+        self.fetch()
+        if self._ahead is None:
+            raise StopIteration
+        found, self._ahead = self._ahead, None
+        if self._copies:
+            here = torch.cuda.current_stream(self._deliver.device)
+            here.wait_stream(self._copies)
+            for tensor in found[1].values():
+                tensor.record_stream(here)  # else its memory could be given away while it is still read
+        return found
+
+
 def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Moves a batch; ``padding`` only where a clip has some, which the host knows without asking the device."""
+    """Moves a batch; ``padding`` only where a clip has some, which the host knows without asking the device.
+
+    Only from pinned memory does a copy to CUDA not make the host wait.
+    """
     padded = "padding" in tensors and bool(tensors["padding"].any())
     wanted = {name: tensor for name, tensor in tensors.items() if name != "padding" or padded}
+    if device.type == "cuda":
+        wanted = {name: tensor.pin_memory() for name, tensor in wanted.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in wanted.items()}

@@ -15,7 +15,7 @@ from bridle.config import DataSettings, TrainedPhase, TrainSettings
 from bridle.data.stream import MicroBatch, Stream
 from bridle.evaluation.health import verdict
 from bridle.training.checkpoints import PhaseCheckpoints, Position
-from bridle.training.clips import Delivery
+from bridle.training.clips import Delivered, Delivery
 from bridle.training.engine import learning_rate, set_learning_rate, split_batch
 from bridle.training.keeper import Keeper
 from bridle.training.measures import Sums, evaluate, usage_counts, usage_shares
@@ -92,7 +92,8 @@ class PhaseRun:
         if position.evaluation_due:
             self._evaluate(position, sums)
         window = Window(self.ranks)
-        batches = self.batches(position)
+        batches = Delivered(self.batches(position), self.deliver)
+        self.engine.train()
         while position.step < self.length.total:
             vote = self.ranks.vote(self.stop.asked)
             lr = self.step(position.step, batches, window, sums)
@@ -136,22 +137,26 @@ class PhaseRun:
             workers=self.data.workers,
         )
 
-    def step(self, number: int, batches: Iterator[MicroBatch], window: Window, sums: Sums) -> float:
+    def step(self, number: int, batches: Delivered, window: Window, sums: Sums) -> float:
         """Optimizer step `number`, counted from 0, over the next micro-batches; returns its learning rate."""
         lr = learning_rate(self.settings.lr, number, self.length.warmup, self.length.total)
         self.job.begin_step(number)
         set_learning_rate(self.engine, lr, self.job.slow_step)
         _, accumulation = split_batch(self.train, self.ranks.world)
-        self.engine.train()
         for _ in range(accumulation):
             self.watchdog.at(f"{self._name} waiting for clips")
             window.parts.begin("data_wait")
-            batch = next(batches)
+            batch, tensors = next(batches)
             self.watchdog.at(f"{self._name} forward and backward")
             window.parts.begin("forward")
-            loss, metrics, codes, *_ = self.engine(*self.job.inputs(self.deliver(batch.tensors)))
+            loss, metrics, codes, *_ = self.engine(*self.job.inputs(tensors))
             window.parts.begin("backward")
             self.engine.backward(loss)
+            # Before the optimizer's step, in which the host waits for the device: the device is busy until then.
+            self.watchdog.at(f"{self._name} waiting for clips")
+            window.parts.begin("data_wait")
+            batches.fetch()
+            self.watchdog.at(f"{self._name} the optimizer's step")
             window.parts.begin("optimizer")
             self.engine.step()
             window.parts.begin("codebooks")

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bridle.config import QuantizerSettings
+from bridle.config import QuantizerSettings, TrainSettings
+from bridle.modeling.blocks import compile_blocks, recompute_activations
 from bridle.modeling.decoder import Decoder
 from bridle.modeling.encoder import Encoder
 from bridle.modeling.losses import cosine_similarity, masked_code_loss
@@ -116,6 +117,15 @@ class PhaseJob:
         """Components by name."""
         return dict(self.module.named_children())
 
+    def prepare(self, train: TrainSettings) -> PhaseJob:
+        """What the recipe wants of the blocks, before anything runs; the frozen half's are compiled, too."""
+        if train.activation_checkpointing:
+            recompute_activations(self.module)
+        if train.compile:
+            for part in [value for value in vars(self).values() if isinstance(value, nn.Module)]:
+                compile_blocks(part)
+        return self
+
     def begin_step(self, step: int) -> None:
         """Runs before optimizer step `step`, counted from 0."""
 
@@ -154,6 +164,12 @@ class PhaseJob:
         self.usage.scatter_add_(1, torch.where(seen, flat, 0), seen.to(self.usage.dtype))
 
     def _frozen(self, module: ModuleT) -> ModuleT:
+        """Ready to be looked at only. In bfloat16 what autocast would cast in every forward pass is cast now: the
+        weights of the products, and nothing else, so that the numbers are the same."""
+        if self.bf16:
+            for part in module.modules():
+                if isinstance(part, nn.Linear):
+                    part.to(torch.bfloat16)
         return module.to(self.device).eval().requires_grad_(False)
 
     def _valid(self, batch: dict[str, Tensor], positions: int) -> Tensor | None:

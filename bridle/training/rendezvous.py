@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -57,6 +58,8 @@ def join(timeout: float = 600.0, admit: Callable[[], None] = lambda: None) -> Ra
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    if "LOCAL_RANK" not in os.environ and "SLURM_LOCALID" in os.environ:
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]  # of a rank that srun started by itself
     rank, world, local = _whole("RANK", 0), _whole("WORLD_SIZE", 1), _whole("LOCAL_RANK", 0)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
@@ -65,10 +68,15 @@ def join(timeout: float = 600.0, admit: Callable[[], None] = lambda: None) -> Ra
     if accelerator.device_name() == "cpu":
         # The shared-memory op is compiled on first use, for a minute, with a compiler that may not be there; gloo does.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        local = device_index(local, accelerator.device_count())
+        os.environ["LOCAL_RANK"] = str(local)  # by which DeepSpeed takes its device
     accelerator.set_device(local)
     store = _meet(rank, timeout, admit)  # kept until the group has its own: rank 0's last one ends the server
     _roll_call(dist.PrefixStore("bridle", store), rank, world, timeout, admit)
     limit = timedelta(seconds=timeout) + MARGIN
+    # nccl's own watchdog ends a process by SIGABRT after 8 minutes in which its thread got no word: before ours speaks.
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(math.ceil((limit + MARGIN).total_seconds())))
     deepspeed.init_distributed(
         accelerator.communication_backend_name(), auto_mpi_discovery=False, timeout=limit, verbose=False
     )
@@ -76,6 +84,23 @@ def join(timeout: float = 600.0, admit: Callable[[], None] = lambda: None) -> Ra
     assert isinstance(control, dist.ProcessGroup)
     device = torch.device("cpu" if accelerator.device_name() == "cpu" else accelerator.device_name(local))
     return Ranks(rank, world, device, control)
+
+
+def device_index(local: int, visible: int) -> int:
+    """The device of a node's rank `local`, of those that it sees: its own, or the only one, where whoever started the
+    ranks shows each a device of its own (srun --gpus-per-task=1, CUDA_VISIBLE_DEVICES).
+
+    Raises:
+        RecipeError: fewer devices than ranks.
+    """
+    if visible == 1:
+        return 0
+    if local >= visible:
+        raise RecipeError(
+            f"LOCAL_RANK {local} has no device: this process sees {visible} (CUDA_VISIBLE_DEVICES); start as many ranks"
+            " on a node as it has GPUs, or show each rank one GPU of its own"
+        )
+    return local
 
 
 def leave() -> None:

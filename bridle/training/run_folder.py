@@ -21,7 +21,7 @@ SettingsT = TypeVar("SettingsT", bound=RunSettings)
 FREE_TO_CHANGE = {
     "data.workers", "data.cache", "data.cache_gb", "data.max_corrupt", "train.micro_batch_size", "train.log_every",
     "train.checkpoint_every", "train.evaluate_every", "train.evaluate_clips", "train.prometheus_port",
-    "train.collective_timeout",
+    "train.collective_timeout", "train.compile", "train.activation_checkpointing",
 }  # fmt: skip
 """Settings that change neither the order of the data nor the mathematics: a resumed run may have others."""
 DATA_NAMES = ("data.shards", "data.sources", "data.heldout")

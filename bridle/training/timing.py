@@ -7,7 +7,7 @@ import time
 import torch
 
 PARTS = ("data_wait", "forward", "backward", "optimizer", "codebooks")
-"""Of a step, in their order: waiting for clips; copying them, the frozen half and the forward pass; the backward pass;
+"""Of a step, in their order: waiting for clips and handing them over; frozen half and forward pass; the backward pass;
 gradients' exchange, clipping and AdamW; codebooks and counts."""
 
 

@@ -29,7 +29,7 @@ from bridle.training.begun_with import NAME as DATA
 from bridle.training.begun_with import BegunWith
 from bridle.training.checkpoints import PhaseCheckpoints, Position, part_states
 from bridle.training.clips import Delivery, raw_modality
-from bridle.training.engine import build_engine, resolve_ds_config, uses_bf16
+from bridle.training.engine import build_engine, prepare_device, resolve_ds_config, uses_bf16
 from bridle.training.keeper import Keeper
 from bridle.training.lock import RunLock
 from bridle.training.loop import Length, PhaseRun
@@ -82,6 +82,7 @@ class PhaseWalk(Generic[SettingsT]):
         self.modality = build_modality(recipe.modality, recipe.clip)
         self.ds_config = resolve_ds_config(ds_config, where, recipe.train, ranks.world)
         self.bf16 = uses_bf16(self.ds_config)
+        prepare_device(ranks.device, self.ds_config, where, say=ranks.first)
         self.deliver = self._delivery()
         self.peak = peak_rate(ranks.device, self.bf16)
         self.shards = self._open(recipe.data.mixture)
@@ -208,7 +209,7 @@ class PhaseWalk(Generic[SettingsT]):
     ) -> None:
         """Trains one phase, from its checkpoint after `step` steps where there is one."""
         checkpoints = self._checkpoints(index)
-        job = self._job(index, phase, fresh=step is None)
+        job = self._job(index, phase, fresh=step is None).prepare(self.recipe.train)
         position = Position()
         if step is not None:
             fill(job.module, checkpoints.step(step) / "model.safetensors", self.ranks)

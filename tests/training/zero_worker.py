@@ -13,7 +13,7 @@ from bridle.config import TrainSettings, load_recipe
 from bridle.modeling.bridle import Components
 from bridle.modeling.patches import PatchShape
 from bridle.training.checkpoints import PhaseCheckpoints, Position
-from bridle.training.engine import build_engine, resolve_ds_config, set_learning_rate
+from bridle.training.engine import build_engine, read_ds_config, resolve_ds_config, set_learning_rate
 from bridle.training.keeper import Keeper
 from bridle.training.optimizer_state import gather_state
 from bridle.training.phases import TokenizerPhaseJob
@@ -23,15 +23,18 @@ from bridle.training.shared_tensors import fill
 
 TRAIN = TrainSettings(batch_size=4, gradient_clipping=1.0)
 COMBINATIONS = [pair for pair in product((0, 1, 2, 3), ("fp32", "bf16", "autocast")) if pair != (0, "bf16")]
+COMBINATIONS.append((3, "offload_bf16"))
 """Stage 0 with bf16 is refused: see test_settings.py."""
 
 
 def ds_config(stage: int, precision: str, world: int) -> dict:
-    extra = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}.get(
-        precision, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-    )
-    zero = {"stage": stage, "reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 1000}
-    return resolve_ds_config({"zero_optimization": zero, **extra}, "test", TRAIN, world)
+    given: dict = {"zero_optimization": {"stage": stage}}
+    if precision.endswith("bf16"):
+        given = read_ds_config(f"builtin:zero{stage}_{precision}")
+    elif precision == "autocast":
+        given["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    given["zero_optimization"] |= {"reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 1000}
+    return resolve_ds_config(given, "test", TRAIN, world)
 
 
 def engine_of(ranks: Ranks, config: dict, checkpoint: Path | None):
