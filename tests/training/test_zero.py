@@ -12,8 +12,8 @@ from launching import ROOT, environment, free_port
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("zero")
+def folder(tmp_path_factory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("zero")
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     worker = str(Path(__file__).with_name("zero_worker.py"))
     done = subprocess.run(
@@ -21,7 +21,20 @@ def report(tmp_path_factory) -> dict:
         env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(folder) -> dict:
     return json.loads((folder / "report.json").read_text())
+
+
+@pytest.mark.slow
+def test_bfloat16_accumulates_gradients_in_float32(folder):
+    errors = json.loads((folder / "errors.json").read_text())
+    for stage in (1, 2):
+        assert errors[f"{stage}-fp32"] < 0.004
+        assert errors[f"{stage}-bf16"] > 1.5 * errors[f"{stage}-fp32"]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from deepspeed.utils import safe_get_full_grad
 
 from bridle.config import TrainSettings, load_recipe
 from bridle.modeling.bridle import Components
@@ -71,9 +72,40 @@ def snapshot(engine) -> dict[str, torch.Tensor]:
     return weights | moments | buffers
 
 
+def accumulated_error(ranks: Ranks, stage: int, shipped: bool) -> float:
+    """Relative error, against float64, of a gradient accumulated over 64 micro-steps in bfloat16; shipped: with all
+    that the configuration that ships says."""
+    given = read_ds_config(f"builtin:zero{stage}_bf16")
+    if not shipped:
+        del given["data_types"]
+    train = TrainSettings(batch_size=64 * ranks.world, micro_batch_size=1)
+    torch.manual_seed(0)
+    module = torch.nn.Linear(64, 64)
+    engine = build_engine(module, resolve_ds_config(given, "test", train, ranks.world), train, 1e-3)
+    weights, exact = module.weight.detach().double(), torch.zeros(64, 64, dtype=torch.float64)
+    for number in range(64):
+        generator = torch.Generator().manual_seed(number * ranks.world + ranks.rank)
+        points = torch.randn(8, 64, generator=generator).bfloat16()
+        engine.backward(engine(points).float().square().mean())
+        out = points.double() @ weights.T + module.bias.detach().double()
+        exact += 2 / out.numel() * out.T @ points.double() / 64
+        if number < 63:
+            engine.step()
+    found = safe_get_full_grad(module.weight).double()
+    exact = ranks.sum(exact) / ranks.world
+    engine.step()
+    engine.destroy()
+    return float((found - exact).norm() / exact.norm())
+
+
 def main(folder: Path) -> None:
     ranks = join()
     report, keeper = {}, Keeper(ranks)
+    errors = {
+        f"{stage}-{kept}": accumulated_error(ranks, stage, kept == "fp32")
+        for stage in (1, 2)
+        for kept in ("fp32", "bf16")
+    }
     for stage, precision in COMBINATIONS:
         run = folder / f"{stage}-{precision}"
         config = ds_config(stage, precision, ranks.world)
@@ -104,6 +136,7 @@ def main(folder: Path) -> None:
         engine.destroy()
     if ranks.first:
         (folder / "report.json").write_text(json.dumps(report))
+        (folder / "errors.json").write_text(json.dumps(errors))
     leave()
 
 

@@ -1,0 +1,75 @@
+"""What a GPU changes about numbers, shown on a CPU; and which device a rank takes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from launching import ROOT, environment, free_port
+from test_no_waiting import job_of
+
+from bridle.settings import RecipeError
+from bridle.training.engine import prepare_device, read_ds_config
+from bridle.training.rendezvous import device_index
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("kind", ["encoder", "tokenizer"])
+def test_casting_a_frozen_half_once_gives_what_autocast_gives_in_every_pass(kind):
+    job = job_of(kind, "audio")
+    as_before = copy.deepcopy(job)
+    as_before.bf16 = job.bf16 = True
+    frozen = job._frozen(job.tokenizer if kind == "encoder" else job.encoder)
+    assert (
+        frozen.state_dict()[next(name for name in frozen.state_dict() if "qkv.weight" in name)].dtype == torch.bfloat16
+    )
+    positions = torch.arange(48).expand(2, 48)
+    batch = {"values": torch.randn(2, 1, 96, 128), "visible": positions[:, :24], "masked": positions[:, 24:]}
+    for found, expected in zip(job.inputs(batch), as_before.inputs(batch), strict=True):
+        assert found is expected is None or torch.equal(found, expected)
+
+
+def test_float32_on_a_gpu_is_said_with_the_file_to_take_and_tf32_is_allowed(monkeypatch, caplog):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    prepare_device(CPU, read_ds_config("builtin:zero2"), "zero2.json", say=True)
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    prepare_device(CUDA, read_ds_config("builtin:zero3_bf16"), "zero3_bf16.json", say=True)
+    prepare_device(CUDA, read_ds_config("builtin:zero2"), "zero2.json", say=False)
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert not caplog.records
+    prepare_device(CUDA, read_ds_config("builtin:zero2"), "zero2.json", say=True)
+    assert "zero2.json trains in float32" in caplog.text
+    assert "--deepspeed_config builtin:zero2_bf16" in caplog.text
+
+
+def test_a_rank_takes_its_own_device_or_the_only_one_it_sees():
+    assert [device_index(local, 8) for local in (0, 5)] == [0, 5]
+    assert device_index(5, 1) == 0
+    with pytest.raises(RecipeError, match="LOCAL_RANK 5 has no device: this process sees 4"):
+        device_index(5, 4)
+
+
+JOIN = """
+import os
+from bridle.training.rendezvous import join, leave
+join(900.0)
+print(os.environ["LOCAL_RANK"], os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"])
+leave()
+"""
+
+
+def test_slurms_local_id_is_taken_and_nccl_waits_longer_than_the_watchdog():
+    given = environment() | {"SLURM_LOCALID": "3", "MASTER_PORT": str(free_port())}
+    given = {name: value for name, value in given.items() if name != "LOCAL_RANK"}
+    done = subprocess.run(
+        [sys.executable, "-c", JOIN], env=given, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    local, heartbeat = done.stdout.split()[-2:]
+    assert local == "3"
+    assert int(heartbeat) > 900 + 120  # the watchdog's time, and what the collectives wait beyond it
+    assert "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC" not in os.environ
