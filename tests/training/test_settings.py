@@ -110,6 +110,17 @@ def test_the_recipe_fills_what_deepspeed_leaves_open():
     assert filled["gradient_accumulation_steps"] == 2
     assert not uses_bf16(filled)
     assert uses_bf16({"torch_autocast": {"enabled": True}})
+    # DeepSpeed's timer would wait for the device in every micro-step, unless it is asked for.
+    assert filled["timers"] == {"throughput": {"enabled": False}}
+    asked = {"throughput": {"enabled": True}}
+    assert resolve_ds_config({"timers": asked}, "x", TRAIN, world=2)["timers"] == asked
+
+
+def test_compiled_blocks_and_weights_gathered_inside_them_exclude_each_other():
+    compiled = TRAIN.model_copy(update={"compile": True})
+    with pytest.raises(RecipeError, match=r"ZeRO stage 3 .* take a lower stage, or train\.compile=false"):
+        resolve_ds_config({"zero_optimization": {"stage": 3}}, "my.json", compiled, world=2)
+    resolve_ds_config({"zero_optimization": {"stage": 2}}, "my.json", compiled, world=2)
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.one_of(st.none(), st.integers(1, 16)))
