@@ -6,6 +6,8 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -34,13 +36,20 @@ def test_casting_a_frozen_half_once_gives_what_autocast_gives_in_every_pass(kind
         assert found is expected is None or torch.equal(found, expected)
 
 
-def test_float32_on_a_gpu_is_said_with_the_file_to_take_and_tf32_is_allowed(monkeypatch, caplog):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+@pytest.fixture
+def cuda_products() -> Iterator[Any]:
+    found = torch.backends.cuda.matmul
+    before, found.fp32_precision = found.fp32_precision, "ieee"
+    yield found
+    found.fp32_precision = before
+
+
+def test_float32_on_a_gpu_is_said_with_the_file_to_take_and_tf32_is_allowed(cuda_products, caplog):
     prepare_device(CPU, read_ds_config("builtin:zero2"), "zero2.json", say=True)
-    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert cuda_products.fp32_precision == "ieee"
     prepare_device(CUDA, read_ds_config("builtin:zero3_bf16"), "zero3_bf16.json", say=True)
     prepare_device(CUDA, read_ds_config("builtin:zero2"), "zero2.json", say=False)
-    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert cuda_products.fp32_precision == "tf32"
     assert not caplog.records
     prepare_device(CUDA, read_ds_config("builtin:zero2"), "zero2.json", say=True)
     assert "zero2.json trains in float32" in caplog.text
