@@ -30,9 +30,7 @@ class Blocks(nn.Module):
         super().__init__()
         self.recompute = False
 
-    def through(
-        self, block: Callable[..., Tensor], tokens: Tensor, *given: Tensor | None, **named: Tensor | None
-    ) -> Tensor:
+    def through(self, block: Callable[..., Tensor], tokens: Tensor, *given: Any, **named: Any) -> Tensor:
         """What `block` gives for `tokens`."""
         if self.recompute and torch.is_grad_enabled():
             # Nothing in a block is drawn at random.
