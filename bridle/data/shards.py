@@ -25,6 +25,7 @@ from bridle.data.errors import SampleError, ShardError
 from bridle.data.local_index import local_index
 from bridle.data.order import Source
 from bridle.data.patterns import expand, is_remote, shown
+from bridle.data.tables import SharedTables
 
 log = logging.getLogger(__name__)
 META = ("json", "cls", "txt")
@@ -174,18 +175,6 @@ def unused(shard: Shard, wanted: Sequence[str]) -> str | None:
     )
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Of those samples of a shard that have a wanted member; keys and labels stay on disk.
-
-    lines: begin and end of their lines in the index, int32 or int64 [n, 2]. spans: offset and size in bytes of the
-    wanted members in the tar, int64 [n, 2].
-    """
-
-    lines: np.ndarray
-    spans: np.ndarray
-
-
 class ShardSet:
     """All samples of a list of shards, numbered through. Safe over fork and pickle; one thread at a time.
 
@@ -201,7 +190,9 @@ class ShardSet:
         self.shards, self.extensions, self.cache, self.sources = shards, extensions, cache, sources
         self._ends = list(accumulate(shard.count for shard in shards))
         self._names = [shown(shard.url) for shard in shards]
-        self._tables: dict[int, _Table] = {}
+        self._shared = SharedTables(cache.folder / "tables", [shard.url for shard in shards], self.counts, extensions)
+        self._tables: dict[int, np.ndarray] = {}
+        """Of the samples of a shard that have a wanted member, as `SharedTables.rows`; keys and labels stay on disk."""
         self._open: OrderedDict[int, tuple[BinaryIO, BinaryIO]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -305,13 +296,13 @@ class ShardSet:
         """The tar of a sample; offset and size in bytes of its wanted member."""
         number, within = self._at(i)
         tar = self._opened(number)[0]
-        offset, size = self._tables[number].spans[within].tolist()
+        offset, size = self._tables[number][within, 2:].tolist()
         return tar, offset, size
 
     def _entry(self, i: int) -> tuple[int, index.Entry]:
         number, within = self._at(i)
         lines_file = self._opened(number)[1]
-        begin, end = self._tables[number].lines[within].tolist()
+        begin, end = self._tables[number][within, :2].tolist()
         try:
             (entry,) = index.parse_entries(os.pread(lines_file.fileno(), end - begin, begin))
         except (ValueError, KeyError, TypeError, IndexError):
@@ -345,7 +336,17 @@ class ShardSet:
                     raise ShardError(f"{error.filename}: {error.strerror}; {fix}") from None
         raise AssertionError("unreachable")
 
-    def _table(self, number: int, tar: BinaryIO, lines_file: BinaryIO) -> _Table:
+    def _table(self, number: int, tar: BinaryIO, lines_file: BinaryIO) -> np.ndarray:
+        about = os.fstat(lines_file.fileno())
+        stamp = (about.st_mtime_ns, about.st_size)
+        rows = self._shared.rows(number, stamp)
+        if rows is None:
+            rows = self._shared.put(number, stamp, self._read_table(number, tar, lines_file))
+        elif len(rows):
+            self._check_ends(number, tar, rows[[0, -1], 2:].tolist())
+        return rows
+
+    def _read_table(self, number: int, tar: BinaryIO, lines_file: BinaryIO) -> np.ndarray:
         shard, content = self.shards[number], lines_file.read()
         ends = np.flatnonzero(np.frombuffer(content, dtype=np.uint8) == ord("\n"))
         if len(ends) != shard.header.samples + 1:
@@ -359,19 +360,21 @@ class ShardSet:
         spans = [entry.members[wanted] for entry, wanted in found if wanted is not None]
         if len(kept) != shard.header.samples or len(spans) != shard.count:
             raise self._bad_index(number, f"{len(spans)} samples, expected {shard.count}")
-        self._check_ends(number, tar, entries)
+        if entries:
+            self._check_ends(number, tar, [*entries[0].members.values(), *entries[-1].members.values()])
         lines = np.stack([ends[:-1] + 1, ends[1:]], axis=1)[kept]
-        small = np.int32 if len(content) < 2**31 else np.int64
-        return _Table(lines.astype(small), np.array(spans, dtype=np.int64).reshape(-1, 2))
+        return np.concatenate([lines, np.array(spans, dtype=np.int64).reshape(-1, 2)], axis=1)
 
-    def _check_ends(self, number: int, tar: BinaryIO, entries: list[index.Entry]) -> None:
-        """An index of the right size may still be another tar's: the first and last sample's tar headers tell."""
+    def _check_ends(self, number: int, tar: BinaryIO, members: Sequence[tuple[int, int]]) -> None:
+        """An index of the right size may still be another tar's: the tar headers of members at its ends tell.
+
+        members: offset and size in bytes.
+        """
         try:
-            for entry in (entries[0], entries[-1]):
-                for offset, size in entry.members.values():
-                    block = os.pread(tar.fileno(), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
-                    if tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size != size:
-                        raise ValueError
+            for offset, size in members:
+                block = os.pread(tar.fileno(), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+                if tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size != size:
+                    raise ValueError
         except (ValueError, OSError, tarfile.TarError):
             raise self._bad_index(number, "it does not fit the tar") from None
 

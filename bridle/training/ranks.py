@@ -31,6 +31,8 @@ class Ranks:
     """A gloo group of all ranks beside the one that trains, for what the hosts tell each other."""
     when_well: list[Callable[[], None]] = field(default_factory=list)
     """Called while ranks wait for a long job of rank 0, which says that it is alive."""
+    local: int = 0
+    """Rank among those of this machine."""
 
     @property
     def first(self) -> bool:

@@ -83,7 +83,7 @@ def join(timeout: float = 600.0, admit: Callable[[], None] = lambda: None) -> Ra
     control = dist.new_group(backend="gloo", timeout=limit)
     assert isinstance(control, dist.ProcessGroup)
     device = torch.device("cpu" if accelerator.device_name() == "cpu" else accelerator.device_name(local))
-    return Ranks(rank, world, device, control)
+    return Ranks(rank, world, device, control, local=local)
 
 
 def device_index(local: int, visible: int) -> int:

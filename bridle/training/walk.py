@@ -18,7 +18,7 @@ import yaml
 
 from bridle import __version__
 from bridle.config import DataSource, RunSettings, TrainedPhase
-from bridle.data.shards import ShardSet, open_mixture
+from bridle.data.shards import ShardSet
 from bridle.data.stream import Stream
 from bridle.files import whole_file, write_json
 from bridle.modalities import build_modality
@@ -35,6 +35,7 @@ from bridle.training.lock import RunLock
 from bridle.training.loop import Length, PhaseRun
 from bridle.training.machine import peak_rate
 from bridle.training.metrics import PrometheusMetrics, RunLog
+from bridle.training.node_data import open_on_node
 from bridle.training.phases import PhaseJob
 from bridle.training.ranks import Ranks, is_lost_peer
 from bridle.training.remote_run import RemoteRun
@@ -179,18 +180,12 @@ class PhaseWalk(Generic[SettingsT]):
         return Standing(**found)
 
     def _open(self, sources: list[DataSource]) -> ShardSet:
-        data = self.recipe.data
         if not sources:
             raise RecipeError(
                 "data.shards is empty: name tar shards with --data (paths, globs, s3://, https://, pipe:),"
                 f" or --data builtin:{self.recipe.modality} for the sample that ships"
             )
-        return open_mixture(
-            [(source.shards, source.weight) for source in sources],
-            extensions=self.modality.extensions,
-            cache=data.cache,
-            cache_gb=data.cache_gb,
-        )
+        return open_on_node(sources, self.modality.extensions, self.recipe.data, self.ranks)
 
     def _checkpoints(self, index: int) -> PhaseCheckpoints:
         return PhaseCheckpoints(self.folder, index, self.recipe.phases[index].kind)
