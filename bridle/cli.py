@@ -32,6 +32,7 @@ COMMANDS = (
     "report",
     "status",
     "bench",
+    "tune",
     "fetch-model",
     "serve",
 )
