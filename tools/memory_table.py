@@ -42,7 +42,7 @@ def sized(recipe: Recipe, size: str) -> Recipe:
     return recipe.model_validate(recipe.model_dump() | {"model": model})
 
 
-def jobs(recipe: Recipe, make: Components) -> dict[str, PhaseJob]:
+def jobs(recipe: Recipe, make: Components, bf16: bool = True) -> dict[str, PhaseJob]:
     """The phases of a pair: an encoder that learns from a learned tokenizer, and a tokenizer."""
     quantizer, device = recipe.model.quantizer, torch.device("cpu")
     teacher, learner = make.tokenizer(0), make.tokenizer(0)
@@ -50,8 +50,8 @@ def jobs(recipe: Recipe, make: Components) -> dict[str, PhaseJob]:
         tokenizer.quantizer._known_initialized = True  # it has no content that could say so
     with mock.patch.object(torch.nn.Module, "to", lambda self, *_: self):  # which fake weights do not survive
         return {
-            "encoder": EncoderPhaseJob(make.encoder(0), make.decoder(0), teacher, quantizer, device, bf16=True),
-            "tokenizer": TokenizerPhaseJob(learner, make.estimator(0), make.encoder(0), quantizer, device, bf16=True),
+            "encoder": EncoderPhaseJob(make.encoder(0), make.decoder(0), teacher, quantizer, device, bf16),
+            "tokenizer": TokenizerPhaseJob(learner, make.estimator(0), make.encoder(0), quantizer, device, bf16),
         }
 
 
