@@ -31,6 +31,7 @@ from bridle.modeling.bridle import Components
 from bridle.training.flops import ClipFlops
 from bridle.training.phases import PhaseJob
 
+MOVES_NOTHING = (torch.ops.aten.detach, torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_like)
 STATE = 28
 """Bytes that AdamW reads and writes a parameter: weight, gradient and two moments in float32, all but the gradient
 back."""
@@ -54,7 +55,7 @@ class Bounds(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.namespace == "aten" and not func.is_view and "detach" not in str(func):
+        if func.namespace == "aten" and not func.is_view and func.overloadpacket not in MOVES_NOTHING:
             self.add(func, args, kwargs or {}, out)
         return out
 

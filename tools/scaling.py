@@ -20,15 +20,14 @@ from bridle.training.flops import ClipFlops
 
 BACKWARD = 2 / 3
 """Share of the trained half's operations that are the backward pass's."""
-BUCKET = 50e6
-"""Numbers in a collective, as in ds_configs/."""
 
 
 @dataclass(frozen=True)
 class Cluster:
     """peak: FLOP/s of a GPU. mfu: share of it that a step reaches alone. local, remote: bytes/s that a GPU sends to
     its node and to others. reached: share of these rates that collectives reach. hop: seconds from a rank to the next,
-    within a node and between nodes. jitter: deviation of a step's time over ranks, as a share of it."""
+    within a node and between nodes. jitter: deviation of a step's time over ranks, as a share of it. bucket: numbers in
+    a collective (ds_configs/ have 50e6)."""
 
     per_node: int = 8
     peak: float = 989e12
@@ -39,6 +38,7 @@ class Cluster:
     local_hop: float = 1e-6
     remote_hop: float = 5e-6
     jitter: float = 0.005
+    bucket: float = 50e6
 
 
 def collective(size: float, gpus: int, cluster: Cluster) -> float:
@@ -46,7 +46,7 @@ def collective(size: float, gpus: int, cluster: Cluster) -> float:
     every GPU sends (n - 1) / n of the bytes in n - 1 hops."""
     nodes = math.ceil(gpus / cluster.per_node)
     rate = cluster.local if nodes == 1 else min(cluster.local, cluster.per_node * cluster.remote)
-    buckets = max(1, math.ceil(size / 2 / BUCKET))
+    buckets = max(1, math.ceil(size / 2 / cluster.bucket))
     hops = (gpus - nodes) * cluster.local_hop + (nodes if nodes > 1 else 0) * cluster.remote_hop
     return size * (gpus - 1) / gpus / (rate * cluster.reached) + buckets * hops
 

@@ -55,7 +55,7 @@ def test_a_damaged_file_is_written_again(patterns: list[str], own_cache: Path) -
     expected = contents(open_shards(patterns, extensions=["wav"]))
     path = tables(own_cache)
     good = np.fromfile(path, dtype="<i8")
-    for place in range(len(good)):
+    for place in range(0, len(good), 7):
         bad = good.copy()
         bad[place] += 512
         bad.tofile(path)
