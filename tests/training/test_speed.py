@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bridle.training.ranks import Ranks
 from bridle.training.speed import Rate, Window
-from bridle.training.timing import PARTS
+from bridle.training.timing import PARTS, PartTimes
 
 
 class Gathered(Ranks):
@@ -66,3 +66,47 @@ def test_rows_tensorboard_and_prometheus_say_where_the_time_of_two_ranks_goes(tm
     events.Reload()
     told = {tag.rpartition("/")[2] for tag in events.Tags()["scalars"]}
     assert {*PARTS, "straggling", "memory_bytes", "flops_per_second", "mfu"} <= told
+
+
+class Clock:
+    """A GPU's clock, which is behind the host's, and what the host asked of it."""
+
+    now, asked = 0.0, []
+
+
+class Event:
+    """Stands for `torch.cuda.Event`, which needs a GPU."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Clock.now
+
+    def synchronize(self) -> None:
+        Clock.asked.append("synchronize")
+
+    def elapsed_time(self, later: Event) -> float:
+        Clock.asked.append("elapsed_time")
+        return 1e3 * (later.at - self.at)
+
+
+def test_on_a_gpu_events_tell_the_time_and_nothing_is_asked_before_a_row_is_due(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    parts = PartTimes(torch.device("cuda"))
+    for _ in range(2):
+        for _ in range(3):
+            for part in PARTS:
+                parts.begin(part)
+                Clock.now += PARTS.index(part) + 1
+            parts.begin("")
+            Clock.now += 100  # what lies between steps is no part's
+        assert not Clock.asked
+        spent = parts.seconds()
+        assert Clock.asked.count("synchronize") == 1
+        assert [spent[part] for part in PARTS[1:]] == [6.0, 9.0, 12.0, 15.0]
+        assert spent["data_wait"] < 1.0  # the host's own time
+        parts.reset()
+        Clock.asked.clear()
