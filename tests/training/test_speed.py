@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import rows, start, wait_for_rows
+from launching import output_of, rows, start, wait_for_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bridle.training.ranks import Ranks
@@ -46,12 +46,13 @@ def test_parts_are_shares_of_the_time_and_the_slowest_rank_stands_out() -> None:
 def test_rows_tensorboard_and_prometheus_say_where_the_time_of_two_ranks_goes(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run, "train.prometheus_port=19464", "phases.1.steps=2000", ranks=2)
-    wait_for_rows(run, 2, process)
-    said = (tmp_path / "run.log").read_text()
-    url = said.partition("metrics at ")[2].split()[0]
-    exported = urllib.request.urlopen(url, timeout=10).read().decode()
-    process.terminate()
-    process.wait(60)
+    try:
+        wait_for_rows(run, 2, process)
+        url = output_of(run).partition("metrics at ")[2].split()[0]
+        exported = urllib.request.urlopen(url, timeout=10).read().decode()
+    finally:
+        process.terminate()
+        process.wait(60)
     row = next(row for row in rows(run, with_times=True) if row["split"] == "train")
     assert 0.3 < sum(row[part] for part in PARTS) <= 1.0
     assert all(row[part] > 0 for part in PARTS)
