@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -191,7 +192,8 @@ def build_engine(
         betas=train.betas,
         fused=next(module.parameters()).is_cuda or None,
     )
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))
+    with contextlib.redirect_stdout(None):  # ZeRO stage 1 in bfloat16 prints what memory it takes, line by line
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))
     create_state(engine)
     return engine
 
