@@ -193,9 +193,7 @@ def build_engine(
         betas=train.betas,
         fused=next(module.parameters()).is_cuda or None,
     )
-    with contextlib.redirect_stdout(
-        io.StringIO()
-    ):  # ZeRO stage 1 in bfloat16 prints what memory it takes, line by line
+    with contextlib.redirect_stdout(io.StringIO()):  # ZeRO stage 1 in bfloat16 prints what memory it takes
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))
     create_state(engine)
     return engine
