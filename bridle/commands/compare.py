@@ -11,7 +11,12 @@ HELP = "compare fine-tuned runs on their held-out files, with paired intervals"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders of fine-tuning, best of several seeds")
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="run folders of fine-tuning (of folds: the one above them), best one a seed",
+    )
     parser.add_argument("--with", dest="others", metavar="RUN", nargs="+", required=True, help="those to compare with")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap draws (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -24,9 +29,9 @@ def run(args: argparse.Namespace) -> int:
         RecipeError: a folder without scores.
         ValueError: they were scored on other files or classes.
     """
-    from bridle.evaluation.classification import SCORES, difference, read_scores, spelled
+    from bridle.evaluation.classification import difference, read_scores, spelled
 
-    ours, theirs = ([read_scores(Path(run) / SCORES) for run in runs] for runs in (args.runs, args.others))
+    ours, theirs = ([read_scores(Path(run)) for run in runs] for runs in (args.runs, args.others))
     found = difference(ours, theirs, args.seed)
     if args.json:
         print(json.dumps({"files": len(ours[0].files), "metrics": found}))

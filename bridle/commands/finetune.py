@@ -48,7 +48,10 @@ def run(args: argparse.Namespace) -> int:
         return _start(args, args.run, args.fold)
     if args.heldout or args.fold:
         raise RecipeError("--folds: each fold is held out in its turn; leave --heldout and --fold out")
-    runs = [Path(args.run or f"runs/finetune-{Path(args.recipe).stem}") / f"fold-{fold}" for fold in args.folds]
+    runs = [
+        Path(args.run or f"runs/finetune-{Path(args.recipe).stem}") / f"fold-{fold.replace('/', '-of-')}"
+        for fold in args.folds
+    ]
     for fold, folder in zip(args.folds, runs, strict=True):
         if code := _start(args, str(folder), fold):
             return code
@@ -73,9 +76,9 @@ def _start(args: argparse.Namespace, folder: str | None, fold: str | None) -> in
 
 def _over_folds(runs: Sequence[Path]) -> str:
     """Each fold's figures, and those of all files together, each scored by the run that did not see it."""
-    from bridle.evaluation.classification import SCORES, figures, joined, read_scores, spelled
+    from bridle.evaluation.classification import figures, joined, read_scores, spelled
 
-    scored = [read_scores(run / SCORES) for run in runs]
+    scored = [read_scores(run) for run in runs]
     every = joined(scored)
     rows = [(run.name, one) for run, one in zip(runs, scored, strict=True)] + [("all folds", every)]
     return "\n".join(

@@ -74,21 +74,24 @@ class Scored:
     several: bool
 
 
-def write_scores(path: Path, scored: Scored) -> None:
-    """Keeps them as an NPZ, whole or not at all."""
-    with whole_file(path) as aside, aside.open("wb") as stream:
+def write_scores(run: Path, scored: Scored) -> None:
+    """Keeps them in a run folder as an NPZ, whole or not at all."""
+    with whole_file(run / SCORES) as aside, aside.open("wb") as stream:
         np.savez_compressed(
             stream, files=np.array(scored.files), classes=np.array(scored.classes), scores=scored.scores.numpy(),
             targets=scored.targets.numpy(), several=np.array(scored.several),
         )  # fmt: skip
 
 
-def read_scores(path: Path) -> Scored:
-    """What `write_scores` kept.
+def read_scores(run: Path) -> Scored:
+    """What a run folder keeps of its held-out files, or the folders of folds below it together.
 
     Raises:
-        RecipeError: no such file. ValueError: it is damaged.
+        RecipeError: nothing of that kind. ValueError: it is damaged.
     """
+    path, folds = run / SCORES, sorted(run.glob(f"fold-*/{SCORES}"))
+    if not path.is_file() and folds:
+        return joined([read_scores(fold.parent) for fold in folds])
     if not path.is_file():
         raise RecipeError(f"{path}: not there; give run folders of fine-tuning that had held-out files and are done")
     try:

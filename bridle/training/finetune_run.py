@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from bridle.classifier import Classifier, is_whole_classifier, new_config, save_
 from bridle.data.chosen import ChosenOrder
 from bridle.data.shards import ShardSet
 from bridle.data.stream import Stream
-from bridle.evaluation.classification import SCORES, Scored, figures, plain, spelled, write_scores
+from bridle.evaluation.classification import Scored, figures, plain, spelled, write_scores
 from bridle.evaluation.probe import Labelled, read_labels
+from bridle.evaluation.probe_scores import folds_of
 from bridle.files import sha256
 from bridle.finetune_recipe import FinetunePhase, FinetuneRecipe, StartSettings
 from bridle.hub import local_folder
@@ -38,6 +41,8 @@ from bridle.training.standing import Standing
 from bridle.training.walk import PhaseWalk
 
 log = logging.getLogger("bridle")
+MADE_FOLD = r"([1-9]\d*)/([1-9]\d*)"
+"""A fold that no member names: I/N is the I-th of N."""
 RESULT = "classifier"
 """Of a run folder: the classifier."""
 
@@ -86,14 +91,17 @@ class FinetuneRun(PhaseWalk[FinetuneRecipe]):
         recipe = self.recipe
         if any(source.weight != 1 for source in recipe.data.mixture):
             raise RecipeError("data.sources: weights of sources mean nothing to fine-tuning; see phases.0.weighted")
-        train, without = read_labels(self.shards, recipe.labels, recipe.fold_of if recipe.fold else None)
+        made = re.fullmatch(MADE_FOLD, recipe.fold or "")
+        train, without = read_labels(self.shards, recipe.labels, recipe.fold_of if recipe.fold and not made else None)
         tested: list[Labelled] = []
         if recipe.fold is not None:
-            folds = sorted({file.group for file in train})
-            tested = [file for file in train if file.group == recipe.fold]
-            train = [file for file in train if file.group != recipe.fold]
+            folds = made_folds(train, int(made[2]), recipe.fold) if made else [file.group for file in train]
+            wanted = made[1] if made else recipe.fold
+            tested = [file for file, fold in zip(train, folds, strict=True) if fold == wanted]
+            train = [file for file, fold in zip(train, folds, strict=True) if fold != wanted]
             if not tested or not train:
-                raise RecipeError(f"fold '{recipe.fold}': the shards have folds {', '.join(folds)}, expected several")
+                known = ", ".join(sorted(set(folds)))
+                raise RecipeError(f"fold '{recipe.fold}': the shards have folds {known}, expected several")
         elif self.heldout is not None:
             tested, _ = read_labels(self.heldout, recipe.labels, None)
         names = sorted({label for file in train for label in file.labels})
@@ -200,7 +208,7 @@ class FinetuneRun(PhaseWalk[FinetuneRecipe]):
         heldout = None
         if scored is not None:
             found = figures(scored.scores, scored.targets, scored.several)
-            write_scores(self.folder / SCORES, scored)
+            write_scores(self.folder, scored)
             views = recipe.views.model_dump()
             heldout = {"files": len(scored.files), "fold": recipe.fold, "views": views, "figures": plain(found)}
             told = ", ".join(f"{name.replace('_', ' ')} {spelled(figure)}" for name, figure in found.items())
@@ -208,6 +216,22 @@ class FinetuneRun(PhaseWalk[FinetuneRecipe]):
         weights = read_tensors(self._checkpoints(index).finished / "classifier.safetensors")
         save_classifier(target, config.model_copy(update={"trained": trained}), weights, heldout)
         log.info("classifier written to %s", target)
+
+
+def made_folds(files: Sequence[Labelled], count: int, asked: str) -> list[str]:
+    """Of each file, its fold from 1 to `count`, as `bridle probe` makes them: each class spread over all folds.
+
+    Raises:
+        RecipeError: fewer files than folds.
+    """
+    names = sorted({label for file in files for label in file.labels})
+    targets = torch.zeros(len(files), len(names), dtype=torch.bool)
+    for row, file in enumerate(files):
+        targets[row, [names.index(label) for label in file.labels]] = True
+    try:
+        return [str(1 + fold) for fold in folds_of([file.group for file in files], targets, count, 0).tolist()]
+    except ValueError:
+        raise RecipeError(f"fold '{asked}': found {len(files)} labelled files; ask for fewer folds") from None
 
 
 def _with_start(recipe: FinetuneRecipe, model: str | None, scratch: bool) -> dict[str, Any]:
