@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from bridle import finetune
 from bridle.cli import COMMANDS
 from bridle.config import load_recipe
+from bridle.finetune_recipe import load_finetune_recipe
 from bridle.pretrain import overrides, parse
 from bridle.recipe_files import shipped_recipes
 
@@ -57,11 +59,13 @@ def test_every_documented_command_line_is_one_that_the_programs_take(page: str, 
         importlib.import_module(f"bridle.commands.{words[1].replace('-', '_')}").add_arguments(parser)
         parser.parse_args(words[2:])
         return
-    marks = [
-        i for i, word in enumerate(words) if word.endswith(("bridle/pretrain.py", "bridle.pretrain")) or word == "--"
-    ]
+    doors = ("bridle/pretrain.py", "bridle.pretrain", "bridle/finetune.py")
+    marks = [i for i, word in enumerate(words) if word.endswith(doors) or word == "--"]
     given = words[marks[-1] + 1 :]
     needed = [] if "--deepspeed_config" in given else ["--deepspeed_config", "ds_configs/zero2.json"]
+    if "--finetune" in words or any(word.endswith("finetune.py") for word in words):
+        load_finetune_recipe(finetune.parse([*given, *needed]).recipe)
+        return
     args = parse([*given, *needed])
     recipe = args.recipe if args.recipe in shipped_recipes() else "audio-mini"
     load_recipe(recipe, [word for word in overrides(args) if "--" not in word])

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 from running_service import Server, serving
-from small_models import write_model
+from small_models import write_classifier, write_model
 
 import bridle
 from bridle.data.shards import open_shards
@@ -26,10 +26,18 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory, audio_folder: Path, image_folder: Path) -> Iterator[Server]:
-    """Sound and pictures, no keys, small limits."""
+def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_classifier(tmp_path_factory.mktemp("models") / "kinds", "audio")
+
+
+@pytest.fixture(scope="session")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, audio_folder: Path, image_folder: Path, classifier_folder: Path
+) -> Iterator[Server]:
+    """Sound and pictures, classes of sounds, no keys, small limits."""
     folder = tmp_path_factory.mktemp("serve")
-    with serving(folder, audio_folder, image_folder, max_bytes=4_000_000, max_clips=8, max_seconds=60) as running:
+    models = (audio_folder, image_folder, classifier_folder)
+    with serving(folder, *models, max_bytes=4_000_000, max_clips=8, max_seconds=60) as running:
         yield running
 
 

@@ -15,7 +15,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 ROUTES = (
-    "POST /tokenize", "POST /encode", "POST /dequantize", "POST /v1/picture", "GET /v1/models", "GET /info",
+    "POST /tokenize", "POST /encode", "POST /classify", "POST /dequantize", "POST /v1/picture", "GET /v1/models", "GET /info",
     "GET /livez", "GET /readyz", "GET /metrics",
 )  # fmt: skip
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
