@@ -15,8 +15,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 ROUTES = (
-    "POST /tokenize", "POST /encode", "POST /classify", "POST /dequantize", "POST /v1/picture", "GET /v1/models", "GET /info",
-    "GET /livez", "GET /readyz", "GET /metrics",
+    "POST /tokenize", "POST /encode", "POST /classify", "POST /dequantize", "POST /v1/picture", "GET /v1/models",
+    "GET /info", "GET /livez", "GET /readyz", "GET /metrics",
 )  # fmt: skip
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
@@ -54,6 +54,7 @@ def test_good_answers_are_as_documented(
         client.post("/tokenize", content=sounds[0], headers={"Accept": "application/x-npz"}),
         client.post("/encode", content=sounds[0]),
         client.post("/encode?pool=none", content=sounds[0]),
+        client.post("/classify", content=sounds[0]),
         client.post("/dequantize?modality=audio", json={"clips": [{"codes": [[1, 2], [3, 4]]}]}),
         client.post("/v1/picture", content=sounds[0]),
     ]
