@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import ROOT, command, environment, rows, wait_for_rows
+from launching import ROOT, command, environment, rows, wait_for
 from small_models import write_model
 
 from bridle.classifier import load_classifier
@@ -61,7 +61,8 @@ def test_a_run_killed_between_checkpoints_equals_an_undisturbed_one_to_the_last_
         process = subprocess.Popen(
             finetune_command(run, model), env=environment(), cwd=ROOT, stdout=output, stderr=output
         )
-    wait_for_rows(run, 3, process)  # step 6 is logged, and its checkpoint not yet written or just so
+    metrics = run / "metrics.jsonl"  # of step 6, whose checkpoint is not yet written, or just so
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, process, run, seconds=300)
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=60) == -signal.SIGKILL
     told = finetune(run, model).stdout
