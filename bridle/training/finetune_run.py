@@ -100,8 +100,8 @@ class FinetuneRun(PhaseWalk[FinetuneRecipe]):
             tested = [file for file, fold in zip(train, folds, strict=True) if fold == wanted]
             train = [file for file, fold in zip(train, folds, strict=True) if fold != wanted]
             if not tested or not train:
-                known = ", ".join(sorted(set(folds)))
-                raise RecipeError(f"fold '{recipe.fold}': the shards have folds {known}, expected several")
+                there = ", ".join(sorted(set(folds)))
+                raise RecipeError(f"fold '{recipe.fold}': the shards have folds {there}, expected several")
         elif self.heldout is not None:
             tested, _ = read_labels(self.heldout, recipe.labels, None)
         names = sorted({label for file in train for label in file.labels})
