@@ -1,4 +1,4 @@
-# make setup | demo | test | test-fast | lint | clean | lock | mutants | lock-cpu | dashboards. Each does all the set-up it needs; needs Python >= 3.11 and a C compiler.
+# make setup | demo | test | test-fast | lint | clean | lock | mutants | lock-cpu | dashboards | demo-models. Each does all the set-up it needs; needs Python >= 3.11 and a C compiler.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 LAUNCHER = '^\[[0-9-]+ [0-9:,]+\] \[(INFO|WARNING)\]'
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-fast lint ruff format-check types clean lock mutants lock-cpu dashboards
+.PHONY: setup demo test test-fast lint ruff format-check types clean lock mutants lock-cpu dashboards demo-models
 
 setup: $(INSTALLED)
 
@@ -61,6 +61,14 @@ format-check: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+# A third of the mini recipes' steps.
+DEMO_STEPS = phases.1.steps=500 phases.1.warmup_steps=50 phases.2.steps=250 phases.2.warmup_steps=25 \
+	phases.3.steps=250 phases.3.warmup_steps=25
+demo-models: $(INSTALLED)
+	for kind in audio image; do $(BIN)/python bridle/pretrain.py --deepspeed_config ds_configs/zero1.json \
+		--recipe $$kind-mini --run runs/demo-$$kind $(DEMO_STEPS) || exit $$?; done
+	$(BIN)/python tools/demo_models.py runs/demo-audio runs/demo-image
 
 # Faults put in on purpose: do the nearest tests notice? Tens of minutes; MUTANTS='--count 200' for more.
 mutants: $(INSTALLED)

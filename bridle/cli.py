@@ -26,6 +26,7 @@ COMMANDS = (
     "corpus",
     "codebooks",
     "probe",
+    "study",
     "finetune",
     "classify",
     "compare",

@@ -65,12 +65,12 @@ class SoundEncoder(nn.Module):
 
 
 def load_model(model_file_path: str = "") -> SoundEncoder:
-    """The model in a folder, or of the hub, as everywhere.
+    """The model in a folder or of the hub; without a path, the demo model of sound that ships with the package.
 
     Raises:
-        ModelError: no path, no model, or not one of sound; see `bridle.load`.
+        ModelError: no model, or not one of sound; see `bridle.load`.
     """
-    return SoundEncoder(load(model_file_path))
+    return SoundEncoder(load(model_file_path or "builtin:audio"))
 
 
 def get_timestamp_embeddings(audio: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:

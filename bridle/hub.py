@@ -1,15 +1,21 @@
-"""Model folders on the Hugging Face hub: fetched by name and revision, and published. Weights are safetensors only."""
+"""Model folders by name: those of the Hugging Face hub, fetched and published, and those that ship with the package.
+
+Weights are safetensors only.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
 FILES = ("config.json", "model.safetensors", "README.md")
 SCHEME = "hf://"
+BUILTIN = "builtin:"
+"""What the names of the models that ship with the package begin with."""
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -20,12 +26,16 @@ class HubError(ValueError):
 def local_folder(source: str | Path, revision: str | None = None) -> Path:
     """A model folder on this machine: the path itself, or a snapshot of ``owner/name``, ``hf://owner/name@revision``.
 
+    ``builtin:MODALITY`` is the demo model that ships with the package.
+
     A path that exists, or whose parent does, is a path. revision: a branch, a tag or, best, a commit.
 
     Raises:
         HubError: no such repository, revision or permission, no network, or huggingface_hub is missing.
     """
     name = str(source)
+    if name.startswith(BUILTIN):
+        return _builtin(name.removeprefix(BUILTIN))
     path = Path(name.removeprefix(SCHEME).partition("@")[0])
     repo, _, pinned = name.removeprefix(SCHEME).partition("@")
     wanted = name.startswith(SCHEME) or (isinstance(source, str) and bool(_ID.fullmatch(repo)))
@@ -46,6 +56,14 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
     if not (revision or pinned):
         log.warning("%s: loaded at revision %s; pin it with %s@%s", name, folder.name, repo, folder.name)
     return folder
+
+
+def _builtin(name: str) -> Path:
+    folder = Path(str(resources.files("bridle") / "builtin"))
+    known = sorted(entry.name for entry in folder.iterdir() if (entry / FILES[0]).is_file())
+    if name not in known:
+        raise HubError(f"model '{BUILTIN}{name}' is none that ships; these do: {', '.join(BUILTIN + n for n in known)}")
+    return folder / name
 
 
 def publish(

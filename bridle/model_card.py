@@ -19,8 +19,8 @@ ABOUT = (
 
 
 def model_card(config: Mapping[str, Any]) -> str:
-    """The card of a model; config: `ModelConfig` as plain data. `trained` may hold `data`, `figures` and `probe`, the
-    last two as `bridle.evaluation.card_figures` makes them."""
+    """The card of a model; config: `ModelConfig` as plain data. `trained` may hold `note`, `data`, `figures`, `probe`,
+    the last two as `bridle.evaluation.card_figures` makes them."""
     quantizer, trained = config["quantizer"], config["trained"]
     kind = "a random projection, from the cold start" if config["tokenizer"] == "cold_start" else "learned"
     parts = [
@@ -29,6 +29,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         f"A BRIDLE model for {config['modality']}: an encoder of width {config['encoder']['width']} and depth "
         f"{config['encoder']['depth']}, and a residual-quantization tokenizer with {quantizer['codebooks']} codebooks "
         f"of {quantizer['codebook_size']} codes of width {quantizer['dim']} ({kind}).",
+        trained.get("note", ""),
         _USE,
         f"Trained with bridle {config['bridle']}: {_trained(trained)}.",
         _data(trained.get("data")),

@@ -63,6 +63,7 @@ BELOW = {
     },
     "measuring": {"config", "settings", "modalities", "modeling", "data", "model_folder", "training"},
     "serving": {
+        "hub",
         "model",
         "classifier",
         "processes",

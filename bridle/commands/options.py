@@ -14,7 +14,9 @@ from bridle.settings import RecipeError
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds MODEL_DIR, --device and --dtype."""
-    parser.add_argument("model", metavar="MODEL_DIR", help="model folder, such as runs/audio-mini/models/final")
+    parser.add_argument(
+        "model", metavar="MODEL_DIR", help="model folder, such as runs/audio-mini/models/final, or builtin:audio"
+    )
     parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument(
         "--dtype", default="float32", choices=list(DTYPES), help="of the transformer; codes are always found in float32"

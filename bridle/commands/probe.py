@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group", metavar="MEMBER", help="member of what must not straddle folds, such as json.speaker"
     )
     parser.add_argument("--test", metavar="SHARDS", nargs="+", help="test on these shards, instead of in folds")
-    parser.add_argument("--folds", metavar="K", type=_folds, default=5, help="folds, 2 or more (default: 5)")
-    parser.add_argument("--seed", type=_number, default=0, help="of folds and bootstrap draws (default: 0)")
+    parser.add_argument("--folds", metavar="K", type=folds_number, default=5, help="folds, 2 or more (default: 5)")
+    parser.add_argument("--seed", type=whole_number, default=0, help="of folds and bootstrap draws (default: 0)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write probe.json and probe.html there")
-    parser.add_argument("--workers", metavar="N", type=_number, default=1, help="decoding processes (default: 1)")
+    parser.add_argument("--workers", metavar="N", type=whole_number, default=1, help="decoding processes (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,7 +95,7 @@ def _measured(
     parts: list[Pooled] = []
     for number, (shards, files) in enumerate(zip(sets, lists, strict=True)):
         items = load(NumberedWindows(Windows(shards, model.modality), [file.number for file in files]), args.workers)
-        parts.append(pooled(model, controls, _with_progress(items, len(files))))
+        parts.append(pooled(model, controls, with_progress(items, len(files), "bridle probe")))
         readable = set(parts[-1].files)
         lists[number] = [file for file in files if file.number in readable]
     features = [
@@ -108,7 +108,7 @@ def _measured(
     return every, task, sum(count for _, count in told)
 
 
-def _with_progress(items: Iterable[tuple[int, Any]], files: int) -> Iterator[tuple[int, Any]]:
+def with_progress(items: Iterable[tuple[int, Any]], files: int, program: str) -> Iterator[tuple[int, Any]]:
     """Passes windows on, shows how many files are begun, and names the ones that are skipped."""
     from tqdm import tqdm
 
@@ -117,7 +117,7 @@ def _with_progress(items: Iterable[tuple[int, Any]], files: int) -> Iterator[tup
     with tqdm(total=files, unit="file", file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
         for index, item in items:
             if isinstance(item, Skipped):
-                tqdm.write(f"bridle probe: skipped {item.reason}", file=sys.stderr)
+                tqdm.write(f"{program}: skipped {item.reason}", file=sys.stderr)
             if not item.begun if isinstance(item, Skipped) else item.first:
                 bar.update()
             yield index, item
@@ -131,11 +131,14 @@ def _table(found: dict[str, Any]) -> str:
     metric = found["metric"]
     head = ["feature", "numbers", *(f"{reader}: {metric.replace('_', ' ')}" for reader in READERS)]
     plain = metric == "balanced_accuracy"
-    head += [f"{reader}: accuracy" for reader in READERS] if plain else []
+    head += [*(f"{reader}: accuracy" for reader in READERS), "linear: top-5"] if plain else []
     lines: list[Sequence[str]] = [head]
     for name, columns, scores in score_rows(found):
         cells = [name, str(columns), *(spelled(score[metric]) for score in scores)]
-        lines.append(cells + ([f"{score['accuracy']['value']:.3f}" for score in scores] if plain else []))
+        if plain:
+            cells += [f"{score['accuracy']['value']:.3f}" for score in scores]
+            cells.append(f"{scores[0]['top_5_accuracy']['value']:.3f}")
+        lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = [
         "  ".join(
@@ -151,13 +154,15 @@ def _table(found: dict[str, Any]) -> str:
     return "\n".join([*rows, facts])
 
 
-def _number(text: str) -> int:
+def whole_number(text: str) -> int:
+    """0 or more."""
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"found {text}, expected a whole number, 0 or more")
     return int(text)
 
 
-def _folds(text: str) -> int:
+def folds_number(text: str) -> int:
+    """Of --folds."""
     if not text.isdigit() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"found {text}, expected a whole number, 2 or more")
     return int(text)

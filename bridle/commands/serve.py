@@ -19,7 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from serving.settings import ServeSettings
 
     parser.add_argument(
-        "models", nargs="*", metavar="[NAME=]MODEL_DIR", help="model folders, such as runs/NAME/models/final"
+        "models",
+        nargs="*",
+        metavar="[NAME=]MODEL_DIR",
+        help="model folders, such as runs/NAME/models/final, or builtin:audio (image, video)",
     )
     parser.add_argument("--new-key", metavar="NAME", help="print a new API key and the line that admits it, then exit")
     parser.add_argument("--scopes", default="use", help="scopes of the new key, joined by + (use, metrics, admin)")

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from bridle.evaluation.probe_scores import (
     folds_of,
     mean_average_precision,
     read,
+    top_accuracy,
 )
 from bridle.settings import RecipeError
 
@@ -37,7 +39,9 @@ LONGEST = 1 << 20
 """Bytes of a member that may be a label."""
 WHERE = re.compile(r"(?P<member>[^.]+)(?:\.(?P<field>.+))?")
 Metric = Callable[[Tensor, Tensor, Tensor], Tensor]
-SINGLE: dict[str, Metric] = {"balanced_accuracy": balanced_accuracy, "accuracy": accuracy}
+SINGLE: dict[str, Metric] = {
+    "balanced_accuracy": balanced_accuracy, "accuracy": accuracy, "top_5_accuracy": partial(top_accuracy, count=5)
+}  # fmt: skip
 SEVERAL: dict[str, Metric] = {"mean_average_precision": mean_average_precision}
 """Metrics where files have one label each, and where some have several; the first is the one of the claims."""
 

@@ -24,10 +24,10 @@ def probe_page(found: Mapping[str, Any]) -> str:
         "<h2>Scores</h2>",
         f'<p class="quiet">{escape(metric)} with 95 % intervals over {found["tested"]} tested files; guessing scores'
         f" {found['chance']:.3f}. A control's score is the mean over its seeds; its interval spans them.</p>",
-        _table(("feature", "numbers", *READERS), _score_rows(found)),
+        html_table(("feature", "numbers", *READERS), _score_rows(found)),
         "<h2>Above the controls</h2>",
         '<p class="quiet">Differences of pairs: both scored on the same draws of files.</p>',
-        _table(("feature", "control", "reader", "difference"), _pair_rows(found)),
+        html_table(("feature", "control", "reader", "difference"), _pair_rows(found)),
         f'<p class="quiet">Written by bridle {escape(__version__)}.</p>',
     ]
     return (
@@ -74,7 +74,8 @@ def _facts(found: Mapping[str, Any]) -> str:
     return f"<dl>{''.join(lines)}</dl>"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Head and rows of cells, which need no escaping yet; wide ones scroll."""
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     return f'<div class="wide"><table><tr>{top}</tr>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'

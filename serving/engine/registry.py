@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from bridle.hub import BUILTIN, local_folder
 from bridle.settings import RecipeError, nearest
 from serving.engine.deployment import Deployment, devices_of
 from serving.engine.errors import ChoiceError, EmptyError, ReloadError, UnknownKindError
@@ -23,11 +24,21 @@ _NAMED = re.compile(r"([A-Za-z0-9._-]{1,64})=(.+)")
 
 
 def named_folder(text: str) -> tuple[str | None, Path]:
-    """The name and the folder of ``NAME=FOLDER``; no name where it is a folder as it stands."""
+    """The name and the folder of ``NAME=FOLDER``; no name where it is a folder as it stands.
+
+    FOLDER may be ``builtin:MODALITY``.
+
+    Raises:
+        HubError: no such model ships.
+    """
     match = _NAMED.fullmatch(text)
     if match is None or Path(text).exists():
-        return None, Path(text)
-    return match[1], Path(match[2])
+        return None, _folder(text)
+    return match[1], _folder(match[2])
+
+
+def _folder(text: str) -> Path:
+    return local_folder(text) if text.startswith(BUILTIN) else Path(text)
 
 
 class Registry:
