@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bridle.evaluation.health import CodeFit, MeanAtPosition, Spread, participation_ratio, position_accuracy
+from bridle.modeling.lookup import full_float32
 from bridle.modeling.patches import content_mask
 from bridle.modeling.tokenizer import Tokenizer
 from bridle.training.ranks import Ranks
@@ -63,8 +64,9 @@ class Codes:
         folds = fold[:, None].expand_as(content)[content]
         spread.add(latents[content])
         cold_spread.add(control.latents[content])
-        learned.add(codes[content], embeddings[content], folds)
-        cold.add(control.codes[content], embeddings[content], folds)
+        with full_float32(values.device):  # TF32 would cost R^2 its third digit
+            learned.add(codes[content], embeddings[content], folds)
+            cold.add(control.codes[content], embeddings[content], folds)
         mean.add(self.target(embeddings), content, fold)
 
     def figures(self, ranks: Ranks) -> Figures:
