@@ -13,9 +13,12 @@ from PIL import Image
 
 from bridle import __version__
 from bridle.data.shards import ShardSet, open_shards
+from bridle.evaluation.card_figures import probe_figures
 from bridle.evaluation.clips import ShownClip, Tile, heldout_clips
 from bridle.evaluation.codebooks import Windows, code_norms, figures, measure
 from bridle.evaluation.page_style import CSS
+from bridle.evaluation.probe_page import html_table
+from bridle.evaluation.probe_scores import READERS
 from bridle.evaluation.run_folder import PhaseRows, RunFolder
 from bridle.evaluation.topics import Chart, charts
 from bridle.modalities import build_modality
@@ -100,7 +103,7 @@ def page(report: Report) -> str:
         f"<h1>{title}</h1>", f'<p class="quiet">{escape(_state(run))}</p>',
         f'<p class="headline">{escape(headline(report))}</p>',
         *[f'<p class="note">{escape(note)}</p>' for note in report.notes],
-        _clips(report), _phase_table(run), _health(run), _usage_table(report),
+        _clips(report), _phase_table(run), _health(run), _probe(run), _usage_table(report),
         *[_chart(chart) for chart in report.charts if chart.title not in RATES],
         *[_chart(chart) for chart in report.charts if chart.title in RATES],
         "<h2>What ran</h2>", _facts(run),
@@ -132,6 +135,20 @@ def headline(report: Report) -> str:
         used, ecu = (float(np.mean([row[key] for row in report.usage])) for key in ("cur", "ecu"))
         said += f" Held-out clips use {100 * used:.0f} % of {report.model}'s codes; effective usage (ECU) {ecu:.2f}."
     return said
+
+
+def _probe(run: RunFolder) -> str:
+    """What ``bridle probe --out RUN`` found; nothing without one."""
+    found = probe_figures(run.path)
+    if not found:
+        return ""
+    rows = [(name, *(scores.get(reader, "") for reader in READERS)) for name, scores in found["scores"].items()]
+    return (
+        "<h2>Probe of labels</h2>"
+        f'<p class="quiet">{escape(found["about"])}; model {escape(found["sha256"][:12])}.</p>'
+        + "".join(f"<p>{escape(line)}.</p>" for line in found["verdicts"])
+        + html_table(("feature", *READERS), rows)
+    )
 
 
 def _usage_table(report: Report) -> str:

@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
 import bridle
 from bridle.cli import main
 from bridle.data.shards import open_shards
 from bridle.evaluation.palette import BLUE, DARK, ORANGE, RANGE, STEPS, code_colours
+from bridle.evaluation.probe import Labelled, figures, make_task
+from bridle.evaluation.probe_features import Comparison, Feature
 
 
 class Page(HTMLParser):
@@ -227,3 +230,18 @@ def test_page_tells_each_phases_health_and_verdict(finished: Page, tiny_run: Pat
         assert row["verdict"] in finished.text
         assert f"{np.mean(row[key]):.3f}" in finished.text
     assert "directions of latents" in finished.text
+
+
+def test_page_shows_what_a_probe_of_the_run_has_found(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "models"))
+    task = make_task([Labelled(i, ("dog" if i % 2 else "cat",), str(i)) for i in range(20)], None, 5, 0)
+    told = torch.arange(20)[:, None] % 2 + torch.zeros(20, 3)
+    features = [Feature("encoder (mean)", [told]), Feature("random weights (mean)", [torch.zeros(20, 3)])]
+    found = figures(features, [Comparison(features[0].name, features[1].name, True)], task, 0)
+    found |= {"model": {"sha256": "0123456789abcdef"}, "shards": ["s.tar"], "labels": "cls"}
+    (run / "probe.json").write_text(json.dumps(found))
+    assert main(["report", str(run)]) == 0
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    assert "encoder (mean) above random weights (mean): balanced accuracy 1.000" in page.text
+    assert "20 files of 2 classes (s.tar, labels cls)" in page.text and "0123456789ab" in page.text
