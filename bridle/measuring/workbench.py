@@ -72,7 +72,7 @@ class Workbench:
         settings, recipe = self.recipe.phases[index], self.recipe
         assert isinstance(settings, TrainedPhase)
         job = self.job(index).prepare(recipe.train)
-        engine = build_engine(job.module, self.ds_config, recipe.train, settings.lr, job.slow_part)
+        engine = build_engine(job.module, self.ds_config, recipe.train, settings.lr, job.slow_part, job.rate_of)
         deliver = Delivery(raw_modality(recipe), self.ranks.device)
         make = MakeClip(deliver.modality, recipe.mask if job.masked else None, augment=True)
         stream = Stream(
@@ -87,7 +87,10 @@ class Workbench:
         )  # fmt: skip
 
     def job(self, index: int) -> PhaseJob:
-        """What phase `index` trains, and the frozen half beside it."""
+        """What phase `index` trains, and the frozen half beside it, compiled and recomputed as the recipe says."""
+        return self._job(index).prepare(self.recipe.train)
+
+    def _job(self, index: int) -> PhaseJob:
         phase, make, quantizer = self.recipe.phases[index], self.make, self.recipe.model.quantizer
         device, bf16 = self.ranks.device, self.bf16
         if isinstance(phase, EncoderPhase):

@@ -51,6 +51,13 @@ def test_the_formula_is_what_torch_counts_in_every_phase(name: str, tmp_path: Pa
         assert bench.flops.of_phase(index) == counted(bench.job(index), inputs(bench))
 
 
+def test_what_is_computed_again_is_done_and_not_counted(tmp_path: Path) -> None:
+    bench = workbench("audio-mini", tmp_path, "train.activation_checkpointing=true")
+    done, formula = counted(bench.job(1), inputs(bench)), bench.flops.of_phase(1)
+    assert 1.2 < done / formula < 1.4  # nearly four passes for three
+    assert formula == workbench("audio-mini", tmp_path).flops.of_phase(1)
+
+
 def test_a_joint_phase_is_counted_as_the_mean_of_learning_and_resting_steps(tmp_path: Path) -> None:
     bench = workbench("audio-mini", tmp_path, JOINT)
     job, batch = bench.job(1), inputs(bench)
