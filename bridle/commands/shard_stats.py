@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
             last = now
 
     found: Statistics = measure(shards, modality, progress, again=args.again)
-    print(f"{len(shards.shards)} shards, {found.samples} samples of {name}, {found.skipped} cannot be decoded")
+    named = f" (`bridle shards check --modality {name}` names them)" if found.skipped else ""
+    print(f"{len(shards.shards)} shards, {found.samples} samples of {name}, {found.skipped} cannot be decoded{named}")
     print("kinds:   " + _counted(found.kinds))
     if found.rates:
         print("rates:   " + _counted(found.rates))

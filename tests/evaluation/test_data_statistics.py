@@ -59,7 +59,7 @@ def test_the_figures_are_those_of_all_content(sounds: Path, capsys: pytest.Captu
     assert told["rates"] == "16000 Hz 4"
     assert told["seconds"].startswith("7 in all; least, quartiles and most 0.50 ")
     assert told["padding"] == "12 % at 1 s, 38 % at 2 s"
-    assert any("1 cannot be decoded" in line for line in told)
+    assert any("1 cannot be decoded (`bridle shards check --modality audio` names them)" in line for line in told)
     assert (sounds / "0.tar.stats").is_file() and (sounds / "1.tar.stats").is_file()
 
 
