@@ -295,6 +295,18 @@ class Recipe(RunSettings):
         return self
 
 
+def refuse_finetuning(raw: Mapping[str, Any], run: str) -> None:
+    """For what reads pretraining runs, by a recipe as plain data.
+
+    Raises:
+        RecipeError: it is one of fine-tuning.
+    """
+    phases = raw.get("phases")
+    kinds = [phase.get("kind") for phase in phases if isinstance(phase, dict)] if isinstance(phases, list) else []
+    if "finetune" in kinds:
+        raise RecipeError(f"{run}: a fine-tuning run; its classifier, with its figures, is {run}/classifier")
+
+
 SIZES: dict[str, dict[str, dict[str, int]]] = {
     name: {
         "encoder": {"width": encoder[0], "depth": encoder[1], "heads": encoder[2]},

@@ -10,7 +10,15 @@ from typing import Any
 
 import yaml
 
-from bridle.config import ColdStartPhase, EncoderPhase, JointPhase, Recipe, TokenizerPhase, recipe_from_mapping
+from bridle.config import (
+    ColdStartPhase,
+    EncoderPhase,
+    JointPhase,
+    Recipe,
+    TokenizerPhase,
+    recipe_from_mapping,
+    refuse_finetuning,
+)
 from bridle.files import read_json
 from bridle.settings import RecipeError
 
@@ -87,6 +95,7 @@ def read_run(path: Path) -> RunFolder:
         raise RecipeError(f"{recipe_file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{recipe_file}: found {type(raw).__name__}, expected a recipe")
+    refuse_finetuning(raw, str(path))
     recipe = recipe_from_mapping(raw, str(recipe_file))
     metrics = path / "metrics.jsonl"
     rows, damaged = _read_rows(metrics, len(recipe.phases))

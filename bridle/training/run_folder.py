@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from bridle.config import ColdStartPhase, Recipe, RunSettings
+from bridle.config import ColdStartPhase, Recipe, RunSettings, refuse_finetuning
 from bridle.evaluation.card_figures import heldout_figures, probe_figures
 from bridle.modalities import build_modality
 from bridle.model_folder import save_model
@@ -88,6 +88,9 @@ def read_run_recipe(run: Path) -> Recipe:
     Raises:
         RecipeError: as `recipe_of`.
     """
+    recipe = run / "recipe.yaml"
+    if recipe.is_file():
+        refuse_finetuning(yaml.safe_load(recipe.read_text(encoding="utf-8")), str(run))
     return recipe_of(run, Recipe)
 
 

@@ -144,7 +144,8 @@ def look(run: str) -> Status:
         status.state = "running" if _lives(holder, files) else "dead"
         return status
     ended = json.loads(files.read(ENDED) or "{}")
-    if kinds and finished == len(kinds) and "models/final/config.json" in names:
+    left = "models/final/config.json" in names or files.read("classifier/config.json") is not None
+    if kinds and finished == len(kinds) and left:
         status.state = "finished"
     elif ended.get("failed"):
         status.state, status.said = "dead", ended["said"]

@@ -171,6 +171,14 @@ def test_a_model_is_no_classifier_and_a_classifier_no_model(
     assert "bridle classify" in capsys.readouterr().err
 
 
+def test_what_looks_at_runs_knows_a_fine_tuned_one(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(undisturbed)]) == 3
+    assert "finished" in capsys.readouterr().out
+    for words in (["report", str(undisturbed)], ["export", str(undisturbed), str(undisturbed / "x")]):
+        assert main(words) == 2
+        assert f"{undisturbed}/classifier" in capsys.readouterr().err
+
+
 def test_compare_pairs_runs_and_refuses_others(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(undisturbed), "--with", str(undisturbed), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
