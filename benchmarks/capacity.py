@@ -78,8 +78,8 @@ def whole_request(content: bytes, port: int) -> bytes:
     return head.encode() + content
 
 
-def write_random(recipe_name: str, folder: Path) -> Path:
-    """The recipe's model with weights that nobody trained."""
+def write_random(recipe_name: str, folder: Path, **clip: Any) -> Path:
+    """The recipe's model with weights that nobody trained. clip: settings of the modality in place of the recipe's."""
     import torch
 
     from bridle.config import load_recipe
@@ -88,7 +88,8 @@ def write_random(recipe_name: str, folder: Path) -> Path:
     from bridle.modeling.bridle import Components
 
     recipe = load_recipe(recipe_name)
-    components = Components(recipe.model, patch_shape(build_modality(recipe.modality, recipe.clip)))
+    settings_of_clip = recipe.clip | clip
+    components = Components(recipe.model, patch_shape(build_modality(recipe.modality, settings_of_clip)))
     tokenizer = components.tokenizer(0)
     generator = torch.Generator().manual_seed(0)
     settings = recipe.model.quantizer
@@ -98,7 +99,7 @@ def write_random(recipe_name: str, folder: Path) -> Path:
         folder,
         name=recipe_name,
         modality=recipe.modality,
-        clip=recipe.clip,
+        clip=settings_of_clip,
         encoder_settings=recipe.model.encoder,
         quantizer_settings=settings,
         encoder=components.encoder(0).state_dict(),

@@ -20,6 +20,11 @@ from typing import Any
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 QUEUED = 10_000
 """Lines that wait to be written at most."""
+AT_ONCE = 256
+"""Lines that are written together."""
+GATHER_SECONDS = 0.02
+"""How long a line waits for others to be written with, unless it tells of trouble: to wake a thread costs as much as a
+line."""
 STDERR = 2
 LAST_SECONDS = 1.0
 """Time for the lines that are left when the process ends."""
@@ -36,21 +41,26 @@ class _Writer:
         self._change = threading.Condition()
         self._thread: threading.Thread | None = None
         self._writing = False
+        self._hurry = False
 
-    def put(self, line: str) -> None:
+    def put(self, line: str, urgent: bool) -> None:
         with self._change:
             if len(self._lines) >= QUEUED:
                 self.dropped += 1
                 return
             self._lines.append(line)
+            self._hurry = self._hurry or urgent
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="bridle-log", daemon=True)
                 self._thread.start()
-            self._change.notify_all()
+            if len(self._lines) == 1 or urgent:  # else it is awake, and gathers
+                self._change.notify_all()
 
     def flush(self, patience: float) -> bool:
         """Waits until all is written; whether it is."""
         with self._change:
+            self._hurry = True
+            self._change.notify_all()
             return self._change.wait_for(lambda: not self._lines and not self._writing, patience)
 
     def _run(self) -> None:
@@ -59,7 +69,9 @@ class _Writer:
                 self._writing = False
                 self._change.notify_all()
                 self._change.wait_for(lambda: bool(self._lines))
-                lines = [self._lines.popleft() for _ in range(min(len(self._lines), 64))]
+                self._change.wait_for(lambda: self._hurry or len(self._lines) >= AT_ONCE, GATHER_SECONDS)
+                lines = [self._lines.popleft() for _ in range(min(len(self._lines), AT_ONCE))]
+                self._hurry = self._hurry and bool(self._lines)
                 self._writing = True
                 lost = self.dropped - self._told
                 self._told = self.dropped
@@ -103,7 +115,7 @@ def set_level(level: str) -> None:
 def log(level: str, event: str, **fields: Any) -> None:
     """Writes a line; fields that are None are left out. Never fails and never waits."""
     if LEVELS[level] >= _least:
-        _writer.put(_line(level, event, fields))
+        _writer.put(_line(level, event, fields), urgent=LEVELS[level] > LEVELS["info"])
 
 
 def _line(level: str, event: str, fields: dict[str, Any]) -> str:

@@ -17,6 +17,11 @@ def create(name: str, size: int) -> int:
     return descriptor
 
 
+def view(descriptor: int) -> Shared:
+    """The memory behind a descriptor that stays open."""
+    return mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+
+
 def hand_over(sock: socket.socket, descriptor: int) -> None:
     """Sends the memory to the process at the other end."""
     socket.send_fds(sock, [b"f"], [descriptor])
@@ -25,6 +30,6 @@ def hand_over(sock: socket.socket, descriptor: int) -> None:
 def take_over(sock: socket.socket) -> Shared:
     """The memory that `hand_over` sent."""
     _, (descriptor,), _, _ = socket.recv_fds(sock, 1, 1)
-    memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+    memory = view(descriptor)
     os.close(descriptor)
     return memory

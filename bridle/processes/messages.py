@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-VERSION = 3
+VERSION = 4
 """To be raised with any change below: a program and a child of another version on disk refuse each other."""
 
 
@@ -112,12 +112,14 @@ class Cancel(Message, frozen=True):
 
 
 class Decoded(Message, frozen=True):
-    """A clip stands in `slot`. valid: patches along the first axis with content; seconds, or none without time."""
+    """A clip stands in `slot`. valid: patches along the first axis with content; seconds, or none without time; last:
+    it is the file's only one, and no `End` follows."""
 
     slot: int
     valid: int
     start_s: float | None
     duration_s: float | None
+    last: bool = False
 
 
 class Drawn(Message, frozen=True):
@@ -163,7 +165,8 @@ class Dequantize(Message, frozen=True):
 
 
 class Result(Message, frozen=True):
-    """The payload is an array, int32 codes or float32. seconds: that the batch took."""
+    """An array, int32 codes or float32: the payload, or (embeddings) each clip's part in the clip's slot, where there
+    is no payload. seconds: that the batch took."""
 
     shape: list[int]
     dtype: Literal["int32", "float32"]

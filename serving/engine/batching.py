@@ -67,7 +67,13 @@ class Batcher:
         self._metrics = metrics
         self._queue: deque[Entry] = deque()
         self._idle = 0
+        self._least = 1
         self._changed = asyncio.Event()
+
+    def learn(self, least: int) -> None:
+        """Batches of fewer windows than this are not shared out among idle processes: a batch costs as much by itself
+        as this many of its windows."""
+        self._least = least
 
     def look(self) -> None:
         """To be called when `upstream` may have fallen."""
@@ -81,7 +87,7 @@ class Batcher:
     async def next_batch(self) -> list[Entry]:
         """Waits for work; entries of one operation that should run now, in the order they came.
 
-        Idle processes share what waits.
+        Idle processes share what waits, where that is worth it.
         """
         self._idle += 1
         try:
@@ -103,7 +109,8 @@ class Batcher:
                 patience = first.arrived + self._max_wait - time.monotonic()
                 alone = first.codes is not None
                 if alone or same >= self._max_batch or patience <= 0 or not self._upstream():
-                    return self._take(1 if alone else min(self._max_batch, -(-same // self._idle)))
+                    share = max(self._least, -(-same // self._idle))
+                    return self._take(1 if alone else min(self._max_batch, share))
             else:
                 patience = None
             self._changed.clear()

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 
 from bridle.cores import available_cores
 
 CALM_SECONDS = 1.0
 """After this long without two batches at a time, a batch may have all cores."""
+
+
+WORTH = 1.15
+"""A clip may take so much longer if that spares threads, which spin while they wait for one another."""
 
 
 class SharedCores:
@@ -34,6 +39,12 @@ class SharedCores:
     def counts(self) -> list[int]:
         """The numbers of threads that a batch may get."""
         return list(dict.fromkeys((self._alone, self._crowded)))
+
+    def learn(self, seconds: Mapping[int, float]) -> None:
+        """Leaves threads alone that win little. seconds: what a clip by itself took, by number of threads."""
+        best = min(seconds.values())
+        worth = min(count for count, took in seconds.items() if took <= WORTH * best)
+        self._alone = min(self._alone, max(worth, self._crowded))
 
     def take(self, more: bool) -> int:
         """Threads for a batch that begins now. `more`: others wait or are being decoded."""

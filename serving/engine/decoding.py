@@ -45,28 +45,6 @@ Window = Decoded
 """A clip in shared memory. Who holds it must release its slot."""
 
 
-class _Worker:
-    """A decoding process with the messages it sent, read by a task of its own so that no job can cut one in two."""
-
-    def __init__(self, child: AsyncChild) -> None:
-        self.child = child
-        self.messages: asyncio.Queue[tuple[Any, bytes] | None] = asyncio.Queue()
-        self.reader = asyncio.create_task(self._read())
-
-    async def _read(self) -> None:
-        try:
-            while True:
-                self.messages.put_nowait(await self.child.channel.receive())
-        except (EOFError, ConnectionError):
-            self.messages.put_nowait(None)
-
-    async def receive(self) -> tuple[Any, bytes]:
-        message = await self.messages.get()
-        if message is None:
-            raise EOFError
-        return message
-
-
 class DecodePool:
     """Decoding processes that take one file at a time, and are replaced when they end.
 
@@ -82,8 +60,8 @@ class DecodePool:
         self._arena = arena
         self._metrics = metrics
         self._changed = changed
-        self._idle: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
-        self._workers: set[_Worker] = set()
+        self._idle: asyncio.LifoQueue[AsyncChild] = asyncio.LifoQueue()
+        self._workers: set[AsyncChild] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self.active = 0
@@ -97,13 +75,13 @@ class DecodePool:
         """
         for worker in await asyncio.gather(*(self._new() for _ in range(self._count))):
             self._idle.put_nowait(worker)
-        if not all(worker.child.hello.offline for worker in self._workers):
+        if not all(worker.hello.offline for worker in self._workers):
             log("warning", "decoders could not give up the network; forbid it in the container", model=self._name)
 
     @property
     def pids(self) -> list[int]:
         """Process ids of the decoders."""
-        return [worker.child.pid for worker in self._workers]
+        return [worker.pid for worker in self._workers]
 
     async def windows(self, data: bytes | bytearray) -> AsyncGenerator[Window, None]:
         """A file's clips, in order. The receiver releases each one's slot.
@@ -135,24 +113,27 @@ class DecodePool:
         A job asks for slots only once it has a process: those who wait in line must not hold what others need to end.
         """
         self.active += 1
-        worker: _Worker | None = None
+        worker: AsyncChild | None = None
         granted: set[int] = set()
         settled = False
         try:
             worker = await self._take()
             if draw is None:
                 granted.add(slot := await self._arena.acquire())
-            await worker.child.channel.send(draw or Decode(slot), data)
+            await worker.channel.send(draw or Decode(slot), data)
             while True:
-                message, payload = await worker.receive()
+                message, payload = await worker.channel.receive()
                 if isinstance(message, Need):
                     granted.add(slot := await self._arena.acquire())
-                    await worker.child.channel.send(Slot(slot))
+                    await worker.channel.send(Slot(slot))
                 elif isinstance(message, Decoded):
                     if message.slot not in granted:
                         raise ProtocolError("a clip in a slot that is another's")
                     granted.discard(message.slot)
+                    settled = message.last
                     yield message, payload
+                    if settled:
+                        return
                 else:
                     settled = True
                     if isinstance(message, Drawn):
@@ -174,22 +155,22 @@ class DecodePool:
             else:
                 self._spawn(self._settle(worker, granted))
 
-    async def _take(self) -> _Worker:
+    async def _take(self) -> AsyncChild:
         """An idle process that is alive; one that somebody has ended meanwhile is replaced."""
         while True:
             worker = await self._idle.get()
-            if not worker.reader.done():
+            if not worker.channel.ended:
                 return worker
             await self._replace(worker)
 
-    async def _settle(self, worker: _Worker, granted: set[int]) -> None:
+    async def _settle(self, worker: AsyncChild, granted: set[int]) -> None:
         """Ends a job that nobody waits for any more; its slots are free only when the process has let go of them."""
         try:
             async with asyncio.timeout(LET_GO_SECONDS):
-                await worker.child.channel.send(Cancel())
+                await worker.channel.send(Cancel())
                 while True:
-                    message, _ = await worker.receive()
-                    if isinstance(message, End | Drawn | Refused | Fault):
+                    message, _ = await worker.channel.receive()
+                    if isinstance(message, End | Drawn | Refused | Fault) or getattr(message, "last", False):
                         break
             self._idle.put_nowait(worker)
         except (EOFError, ConnectionError, TimeoutError):
@@ -202,8 +183,8 @@ class DecodePool:
             self._arena.release(slot)
         granted.clear()
 
-    async def _new(self) -> _Worker:
-        child = await AsyncChild.start(
+    async def _new(self) -> AsyncChild:
+        worker = await AsyncChild.start(
             decode_worker.main,
             "bridle-decode",
             self._begin,
@@ -212,14 +193,13 @@ class DecodePool:
             allowed=FromDecoder,
             max_payload=MAX_PICTURE,
         )
-        worker = _Worker(child)
         self._workers.add(worker)
         return worker
 
-    async def _replace(self, worker: _Worker, patience: float = 2.0) -> Exception:
+    async def _replace(self, worker: AsyncChild, patience: float = 2.0) -> Exception:
         """What to tell the one whose file the process had; another process starts meanwhile."""
         self._workers.discard(worker)
-        code = await worker.child.end(patience)
+        code = await worker.end(patience)
         if not self._closed:
             self._metrics.worker_restarts.labels("decode", self._name).inc()
             log("warning", "a decoding process ended; starting another", model=self._name, exit_code=code)
@@ -257,7 +237,7 @@ class DecodePool:
         self._closed = True
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*(worker.child.end() for worker in self._workers), return_exceptions=True)
+        await asyncio.gather(*(worker.end() for worker in self._workers), return_exceptions=True)
         self._workers.clear()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,9 @@ from bridle.processes.messages import (
     ToModel,
     array_of,
 )
+from bridle.processes.messages import (
+    Result as ModelResult,
+)
 from serving.engine.batching import Array, Batcher, Entry
 from serving.engine.cores import SharedCores
 from serving.engine.decoding import DecodePool, Window
@@ -48,6 +51,12 @@ OPERATIONS: dict[str, Literal["codes", "embed", "classify"]] = {
     "codes": "codes", "embed": "embed", "classify": "classify"
 }  # fmt: skip
 """What a model process does with windows."""
+BATCH_POSITIONS = {"cpu": 1600, "cuda": 16384}
+"""Positions in a batch: beyond, a batch only takes longer. 8 pictures of ViT-S are 1,568."""
+SMALLEST_BATCH, LARGEST_BATCH = 4, 64
+MEASURED = 5
+"""Forward passes of which the fastest tells what a clip costs."""
+MEASURED_BATCH = 8
 PIECE_NUMBERS = 1 << 20
 """Numbers of latents that one batch makes of codes: 4 MB, of which a copy takes the event loop a millisecond."""
 
@@ -74,12 +83,14 @@ class Deployment:
         self._devices = devices
         sizes = zip(self.modality.grid.values(), self.modality.patch, strict=True)
         self._shape = [self.modality.channels, *(count * step for count, step in sizes)]
-        self._ahead = 2 * settings.max_batch
-        slots = settings.decoders + (len(devices) + 2) * settings.max_batch
-        self.arena = Arena(slots, 4 * math.prod(self._shape))
+        self.max_batch = settings.max_batch or largest_batch(self.positions, devices)
+        self._ahead = 2 * self.max_batch
+        slots = settings.decoders + (len(devices) + 2) * self.max_batch
+        self._embeddings = (self.positions, self.config.encoder.width)
+        self.arena = Arena(slots, 4 * max(math.prod(self._shape), math.prod(self._embeddings)))
         self._batcher = Batcher(
             self.name,
-            max_batch=settings.max_batch,
+            max_batch=self.max_batch,
             max_wait=settings.max_wait_ms / 1000,
             upstream=lambda: self.pool.active,
             release=self.arena.release,
@@ -111,8 +122,31 @@ class Deployment:
         self._learn(next(iter(self._children.values())))
         if self.codes_depend_on_batch:
             log("warning", "codes may depend on the batch at rounding's last bit on this device", model=self.name)
+        await self._measure(next(iter(self._children.values())))
         self._loops = [asyncio.create_task(self._run(device)) for device in self._devices]
         return self
+
+    async def _measure(self, child: AsyncChild) -> None:
+        """Learns from one idle process what a clip costs by itself and in a batch, before there are requests."""
+
+        async def seconds(clips: int, threads: int) -> float:
+            took = []
+            for _ in range(MEASURED):
+                forward = Forward("codes", threads, list(range(clips)), [self.positions] * clips)
+                await child.channel.send(forward)
+                answer, _ = await child.channel.receive()
+                took.append(answer.seconds if isinstance(answer, ModelResult) else math.inf)
+            return min(took)
+
+        alone = {threads: await seconds(1, threads) for threads in self._cores.counts}
+        several = min(MEASURED_BATCH, self.max_batch)
+        if several < 2 or math.inf in alone.values():
+            return
+        self._cores.learn(alone)
+        least = self._cores.counts[-1]
+        one, batch = alone[least], await seconds(several, least)
+        each = max((batch - one) / (several - 1), one / several)
+        self._batcher.learn(max(1, round((one - each) / each)))
 
     def _learn(self, child: AsyncChild) -> None:
         hello: ModelReady = child.hello
@@ -259,8 +293,14 @@ class Deployment:
             return
         self._metrics.model_seconds.labels(self.name, operation).observe(answer.seconds)
         self._metrics.clips.labels(self.name, operation).inc(len(batch))
-        array = array_of(answer, payload)
-        for entry, result in zip(batch, [array] if codes is not None else array, strict=True):
+        found: Sequence[Array]
+        if operation == "embed":
+            width = self.config.encoder.width
+            found = [self.arena.read(entry.slot, (entry.valid, width)) for entry in batch if entry.slot is not None]
+        else:
+            array = array_of(answer, payload)
+            found = [array] if codes is not None else list(array)
+        for entry, result in zip(batch, found, strict=True):
             entry.model_seconds = answer.seconds
             self._batcher.finish(entry, result)
 
@@ -289,7 +329,7 @@ class Deployment:
             dtype=settings.dtype,
             threads=self._cores.counts,
             compile=settings.compile,
-            max_batch=settings.max_batch,
+            max_batch=self.max_batch,
             shape=self._shape,
             slot_bytes=self.arena.slot_bytes,
             log_level=settings.log_level,
@@ -334,6 +374,12 @@ def _gone() -> EngineError:
 
 def _no_memory() -> EngineError:
     return ProcessEndedError("the device has no memory for this batch; send the request again")
+
+
+def largest_batch(positions: int, devices: Sequence[str]) -> int:
+    """Clips of so many positions in one batch, where the settings leave it open."""
+    room = min(BATCH_POSITIONS["cuda" if device.startswith("cuda") else "cpu"] for device in devices)
+    return min(LARGEST_BATCH, max(SMALLEST_BATCH, room // positions))
 
 
 def devices_of(settings: ServeSettings) -> list[str]:

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from bridle import __version__
 from bridle.settings import nearest
 from serving.engine.errors import EngineError
+from serving.web.lean import ErrorHandler, Straight
 from serving.web.middleware import Around
 from serving.web.problems import BY_STATUS, INTERNAL, ClientGoneError, ProblemError, log_fault, problem_of
 from serving.web.routes import classify, clips, dequantize, operation, pages
@@ -23,6 +24,13 @@ from serving.web.service import Service
 
 def build_app(service: Service) -> ASGIApp:
     """The ASGI application of a service (started or not; `/readyz` tells)."""
+    handlers: dict[type[Exception], ErrorHandler] = {
+        ProblemError: _problem,
+        EngineError: _engine_error,
+        RequestValidationError: _wrong_parameter,
+        HTTPException: _http_error,
+        ClientGoneError: _nobody,
+    }
     app = FastAPI(
         title="BRIDLE",
         version=__version__,
@@ -32,24 +40,17 @@ def build_app(service: Service) -> ASGIApp:
         openapi_url="/openapi.json",
         root_path=service.settings.root_path.rstrip("/"),
         redirect_slashes=False,
-        exception_handlers={
-            ProblemError: _problem,
-            EngineError: _engine_error,
-            RequestValidationError: _wrong_parameter,
-            HTTPException: _http_error,
-            ClientGoneError: _nobody,
-            Exception: _internal,
-        },
+        exception_handlers=dict[Any, Any](handlers) | {Exception: _internal},
     )
     app.state.service = service
     routers = (clips.router, classify.router, dequantize.router, operation.router, pages.router)
     for router in routers:
         app.include_router(router)
     scopes = scopes_of(route for router in routers for route in router.routes)
-    inner: ASGIApp = app
+    inner: ASGIApp = Straight(app, (route for router in routers for route in router.routes), handlers)
     if service.settings.cors_origins:
         inner = CORSMiddleware(
-            app,
+            inner,
             allow_origins=service.settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Timeout", "X-Request-ID"],

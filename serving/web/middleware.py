@@ -152,6 +152,7 @@ class _Exchange:
         self._patience = settings.body_idle_timeout
         self._min_rate = settings.min_send_rate
         self._answering = 0.0
+        self._head: Message | None = None
         self._started = False
         self._unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
@@ -176,7 +177,7 @@ class _Exchange:
                 added.append((b"connection", b"close"))
             message = {**message, "headers": [*message.get("headers", []), *added]}
             self._answering = time.monotonic()
-            await self._send_in_time(message)
+            self._head = message
             return
         body = memoryview(message.get("body", b""))
         last = max(0, len(body) - 1) // PIECE * PIECE
@@ -189,7 +190,10 @@ class _Exchange:
         """Sends a piece when the client has taken those before; one that reads too slowly is cut off."""
         if self.sent < self._min_rate * (time.monotonic() - self._answering - PATIENCE):
             raise TimeoutError
+        head, self._head = self._head, None
         async with asyncio.timeout(self._patience):
+            if head is not None:
+                await self._send(head)
             await self._send(message)
 
     def close(self) -> None:

@@ -101,9 +101,10 @@ class Service:
             "max_bytes", "max_clips", "max_seconds", "max_pixels", "max_frames", "max_queue", "max_codes",
             "max_batch", "max_wait_ms", "request_timeout",
         )  # fmt: skip
+        largest = max((model.max_batch for model in self.registry.models), default=self.settings.max_batch)
         return {
             "version": __version__,
-            "limits": {name: getattr(self.settings, name) for name in limits},
+            "limits": {name: getattr(self.settings, name) for name in limits} | {"max_batch": largest},
             "models": self.models(),
             "classifiers": self.classifiers(),
         }

@@ -7,6 +7,7 @@ tells multipart from the rest, names of files are not even kept.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import zlib
 from collections.abc import AsyncIterator
@@ -14,7 +15,7 @@ from typing import Any
 
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from serving.metrics import Metrics
 from serving.settings import ServeSettings
@@ -29,6 +30,7 @@ PACKED = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """Content-Encodings of a body, with zlib's name for each."""
 UNFOLDED_AT_ONCE = 1 << 18
 """Bytes of a packed body: 1 ms of the event loop."""
+PLAIN_NAME = re.compile(rb'form-data; name="(\w+)"(?:; filename="[^"\\]*")?$')
 PATIENCE = 5.0
 """Seconds before a body's rate counts."""
 OVERHEAD = 4096
@@ -107,25 +109,25 @@ class Uploads:
         said = request.headers.get("content-length", "")
         if said.isdecimal() and int(said) > limit:
             raise _too_large(limit)
-        total = 0
+        total, more = 0, True
         began = time.monotonic()
-        stream = request.stream()
-        while True:
-            behind = self._settings.min_receive_rate * (time.monotonic() - began - PATIENCE) - total
-            if behind > 0:
+        while more:
+            now = time.monotonic()
+            if self._settings.min_receive_rate * (now - began - PATIENCE) > total:
                 raise ProblemError("slow-request", f"{total} bytes came too slowly; see min_receive_rate")
-            wait = min(self._settings.body_idle_timeout, deadline - time.monotonic())
+            wait = min(self._settings.body_idle_timeout, deadline - now)
             try:
                 async with asyncio.timeout(wait):
-                    chunk = await anext(stream, None)
+                    message = await request.receive()
             except TimeoutError:
                 raise ProblemError(
                     "slow-request", f"no byte of the body for {max(wait, 0):.1f} s; send it in one go"
                 ) from None
-            except ClientDisconnect:
-                raise ClientGoneError from None
-            if chunk is None:
-                return
+            if message["type"] != "http.request":
+                raise ClientGoneError
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            if not chunk:
+                continue
             total += len(chunk)
             if total > limit:
                 raise _too_large(limit)
@@ -202,7 +204,8 @@ class _Parts:
 
     def _header_end(self) -> None:
         if self._field.lower() == b"content-disposition":
-            self._name = parse_options_header(self._value)[1].get(b"name")
+            plain = PLAIN_NAME.match(self._value)  # as almost all write it; the library's own takes 15 times as long
+            self._name = plain[1] if plain else parse_options_header(self._value)[1].get(b"name")
         self._field = self._value = b""
 
     def _headers_finished(self) -> None:

@@ -21,20 +21,34 @@ async def while_wanted(request: Request, work: Awaitable[T], deadline: float) ->
     Raises:
         DeadlineError: the deadline passed. ClientGoneError: the client hung up.
     """
-    job = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_hang_up(request))
+    here = asyncio.current_task()
+    assert here is not None
+    over = gone = False
+
+    def hung_up(watch: asyncio.Task[None]) -> None:
+        nonlocal gone
+        if not over and not watch.cancelled():
+            gone = True
+            here.cancel()
+
+    watch = asyncio.create_task(_hang_up(request))
+    watch.add_done_callback(hung_up)
+    timer = asyncio.timeout(max(0.0, deadline - time.monotonic()))
     try:
-        left = max(0.0, deadline - time.monotonic())
-        await asyncio.wait({job, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        if job.done():
-            return job.result()
-        if gone.done():
-            raise ClientGoneError
-        raise DeadlineError
+        async with timer:
+            return await work
+    except TimeoutError:
+        if timer.expired():
+            raise DeadlineError from None
+        raise
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        here.uncancel()
+        raise ClientGoneError from None
     finally:
-        for task in (job, gone):
-            task.cancel()
-        await asyncio.gather(job, gone, return_exceptions=True)
+        over = True
+        watch.cancel()
 
 
 async def _hang_up(request: Request) -> None:

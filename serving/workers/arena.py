@@ -1,4 +1,5 @@
-"""Shared memory for clips: a decoding process writes a clip once, the model process reads it there.
+"""Shared memory for clips: a decoding process writes a clip once, the model process reads it there, and writes the
+clip's embeddings into the same place.
 
 It is cut into slots of one clip each. Only the service hands slots out: none is lost with a process that died.
 """
@@ -6,8 +7,12 @@ It is cut into slots of one clip each. Only the service hands slots out: none is
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections import deque
+
+import numpy as np
+import numpy.typing as npt
 
 from bridle.processes import memory
 
@@ -16,13 +21,14 @@ class Arena:
     """The service's side: who has which slot. Only for use in the event loop.
 
     Args:
-        slots: clips that may be under way at once; slot_bytes: bytes of one clip.
+        slots: clips that may be under way at once; slot_bytes: bytes of one clip, or of its embeddings.
     """
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
         self.slots = slots
         self.slot_bytes = slot_bytes
         self.fd = memory.create("bridle-clips", slots * slot_bytes)
+        self._memory = np.frombuffer(memory.view(self.fd), np.float32).reshape(slots, slot_bytes // 4)
         self._free = list(range(slots))
         self._waiting: deque[asyncio.Future[int]] = deque()
 
@@ -52,6 +58,10 @@ class Arena:
                 future.set_result(slot)
                 return
         self._free.append(slot)
+
+    def read(self, slot: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """A copy of what stands at a slot's beginning, float32."""
+        return self._memory[slot, : math.prod(shape)].reshape(shape).copy()
 
     def close(self) -> None:
         """Closes the service's handle."""

@@ -76,12 +76,12 @@ class _Worker:
     def job(self, message: Decode | Draw, data: bytes) -> None:
         time_limit(*self._limits)
         payload = b""
-        last: Message = End()
+        last: Message | None = End()
         try:
             if isinstance(message, Draw):
                 last, payload = _picture(self._modality, data)
             else:
-                self._windows(data, message.slot)
+                last = self._windows(data, message.slot)
         except ClipError as error:
             last = Refused(type(error).__name__, str(error)[:1000])
         except MemoryError:
@@ -92,25 +92,33 @@ class _Worker:
         except Exception as error:  # not the file's: a decoder says what is wrong with a file by a ClipError
             last = fault_of(error, traceback.format_exc())
         time_limit(0)
-        self._line.send(last, payload)
+        if last is not None:
+            self._line.send(last, payload)
 
-    def _windows(self, data: bytes, first: int) -> None:
+    def _windows(self, data: bytes, first: int) -> Message | None:
+        """Sends the file's clips; what is still to be said, if anything."""
         slot: int | None = first
+        single = self._modality.positions_per_second is None  # a picture is one clip: its message is the last one
         for clip in self._modality.windows(data):
             if slot is None:
                 time_limit(0)  # waiting for a place is not the file's fault
                 self._line.send(Need())
                 answer, _ = self._line.receive()
                 if not isinstance(answer, Slot):
-                    return
+                    return End()
                 slot = answer.slot
                 time_limit(*self._limits)
             values = clip.values.numpy().reshape(-1)
             if not np.isfinite(values).all():
                 raise UndecodableError("the content has values that are not finite")
             self._slots[slot, : len(values)] = values
-            self._line.send(Decoded(slot, clip.valid, clip.start_s, clip.duration_s))
+            if single:
+                time_limit(0)
+            self._line.send(Decoded(slot, clip.valid, clip.start_s, clip.duration_s, last=single))
+            if single:
+                return None
             slot = None
+        return End()
 
 
 def _picture(modality: Modality, data: bytes) -> tuple[Drawn, bytes]:

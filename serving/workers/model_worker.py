@@ -68,7 +68,8 @@ class _Worker:
             self._model = load(folder, device=begin.device, dtype=begin.dtype)
         self._shape = begin.shape
         slots = torch.frombuffer(memory, dtype=torch.float32)
-        self._slots = slots.view(-1, begin.slot_bytes // 4)[:, : int(np.prod(self._shape))]
+        self._whole_slots = slots.view(-1, begin.slot_bytes // 4)
+        self._slots = self._whole_slots[:, : int(np.prod(self._shape))]
         self._max_batch = begin.max_batch
         if begin.compile:
             self._compile()
@@ -128,7 +129,11 @@ class _Worker:
         """One batch; a failure is an answer too, for it concerns this batch only."""
         began = time.perf_counter()
         try:
-            array = np.ascontiguousarray(self._run(message, payload).cpu().numpy())
+            found = self._run(message, payload)
+            if isinstance(message, Forward) and message.operation == "embed":
+                self._whole_slots[message.slots, : found[0].numel()] = found.flatten(1).cpu()
+                return Result(list(found.shape), "float32", time.perf_counter() - began), b""
+            array = np.ascontiguousarray(found.cpu().numpy())
         except Exception as error:  # of this batch, whatever it is: the process goes on
             return fault_of(error, traceback.format_exc()), b""
         kind: Literal["int32", "float32"] = "int32" if array.dtype == np.int32 else "float32"

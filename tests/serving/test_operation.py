@@ -259,7 +259,7 @@ def test_keys_and_scopes_open_what_they_should(tmp_path: Path, audio_folder: Pat
         (["--api-keys", "a:use:" + "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"], "empty key"),
         (["--api-keys", "secret"], "name:scopes:sha256"),
         (["--api-keys-file", "/nowhere/keys"], "/nowhere/keys"),
-        (["--max-batch", "0"], "max_batch"),
+        (["--max-batch", "-1"], "max_batch"),
         (["--port", "http"], "port"),
     ],
 )
