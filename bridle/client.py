@@ -1,4 +1,5 @@
-"""A typed client of the service, for programs that wait and for programs that do not. Needs only httpx and numpy.
+"""A typed client of the service, for programs that wait and for programs that do not. Needs only httpx and numpy,
+and imports nothing of this package: `clients/python` installs this file alone, as `bridle_client`.
 
 ```python
 from bridle.client import Client
@@ -15,17 +16,19 @@ import io
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypedDict, TypeVar, Unpack
 
 import httpx
 import numpy as np
 import numpy.typing as npt
 
 Source = bytes | str | Path
+T = TypeVar("T")
 RETRIED = (429, 503)
+BROKEN = (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
 NPZ, NDJSON = "application/x-npz", "application/x-ndjson"
 
 
@@ -72,21 +75,102 @@ class Window:
     codes: npt.NDArray[np.int32]
 
 
+class TokenizeOptions(TypedDict, total=False):
+    """What `tokenize` takes beside files."""
+
+    model: str | None
+    modality: str | None
+    layout: str | None
+    offset: int | None
+    text: bool | None
+
+
+@dataclass(frozen=True)
+class _Call(Generic[T]):
+    """One request, as httpx takes it, and how the content of its answer is read."""
+
+    method: str
+    path: str
+    options: dict[str, Any]
+    read: Callable[[bytes], T]
+
+
 class _Requests:
-    """What both clients share: how requests look, how answers are read, how long to wait before the next try."""
+    """What both clients share. They only differ in who waits: as in httpx, a generator says what to do next."""
 
     def __init__(self, url: str, key: str | None, timeout: float, retries: int) -> None:
         self._retries = retries
         headers = {"X-Request-Timeout": f"{timeout:g}"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._options: dict[str, Any] = {"base_url": url, "headers": headers, "timeout": timeout + 5.0}
 
-    def pause(self, tried: int, answer: httpx.Response | None) -> float | None:
+    def _tries(self) -> Generator[float, httpx.Response | Exception, httpx.Response]:
+        """Yields the seconds to wait before a try, and is sent what came of it: an answer, or a broken connection."""
+        tried, pause = 0, 0.0
+        while True:
+            outcome = yield pause
+            again = self._pause(tried, outcome)
+            if isinstance(outcome, Exception):
+                if again is None:
+                    raise outcome
+            elif outcome.is_success or again is None:
+                return _check(outcome)
+            tried, pause = tried + 1, again
+
+    def _pause(self, tried: int, outcome: httpx.Response | Exception) -> float | None:
         """Seconds before the next try; none when there is to be none. A busy service says how long itself."""
+        answer = outcome if isinstance(outcome, httpx.Response) else None
         if tried >= self._retries or (answer is not None and answer.status_code not in RETRIED):
             return None
         said = answer.headers.get("retry-after", "") if answer is not None else ""
         least = float(said) if said.isdecimal() else min(8.0, 0.25 * 2**tried)
         return least * random.uniform(1.0, 1.25)
+
+
+def _tokenize(
+    sources: Sequence[Source],
+    *,
+    model: str | None = None,
+    modality: str | None = None,
+    layout: str | None = None,
+    offset: int | None = None,
+    text: bool | None = None,
+) -> _Call[list[Codes]]:
+    parameters = _parameters(model=model, modality=modality, layout=layout, offset=offset, text=text)
+    options = {"params": parameters, "files": _files(sources), "headers": {"Accept": NPZ}}
+    return _Call("POST", "/tokenize", options, _codes)
+
+
+def _stream(source: Source, model: str | None, modality: str | None) -> tuple[str, str, dict[str, Any]]:
+    parameters = _parameters(model=model, modality=modality)
+    return "POST", "/tokenize", {"params": parameters, "content": _read(source), "headers": {"Accept": NDJSON}}
+
+
+def _encode(source: Source, pool: str, model: str | None, modality: str | None) -> _Call[npt.NDArray[np.float32]]:
+    parameters = _parameters(pool=pool, model=model, modality=modality)
+    options = {"params": parameters, "content": _read(source), "headers": {"Accept": NPZ}}
+    return _Call("POST", "/encode", options, lambda content: _embeddings(content)[0])
+
+
+def _dequantize(codes: npt.ArrayLike, model: str | None, modality: str | None) -> _Call[npt.NDArray[np.float32]]:
+    parameters = _parameters(model=model, modality=modality)
+    headers = {"Accept": NPZ, "Content-Type": NPZ}
+    options = {"params": parameters, "content": _latents_body(codes), "headers": headers}
+    return _Call("POST", "/dequantize", options, _latents)
+
+
+def _classify(
+    source: Source, top: int | None, model: str | None, modality: str | None
+) -> _Call[list[tuple[str, float]]]:
+    options = {"params": _parameters(top=top, model=model, modality=modality), "content": _read(source)}
+    return _Call("POST", "/classify", options, lambda content: _classes(json.loads(content)))
+
+
+def _info(content: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(content)
+    return found
+
+
+_INFO = _Call("GET", "/info", {}, _info)
 
 
 def _files(sources: Sequence[Source]) -> list[tuple[str, tuple[str, bytes]]]:
@@ -176,30 +260,18 @@ class Client(_Requests):
         """Closes the connections."""
         self._http.close()
 
-    def tokenize(self, source: Source, **options: Any) -> Codes:
+    def tokenize(self, source: Source, **options: Unpack[TokenizeOptions]) -> Codes:
         """One file's codes; options as in `tokenize_many`."""
         return self.tokenize_many([source], **options)[0]
 
-    def tokenize_many(
-        self,
-        sources: Sequence[Source],
-        *,
-        model: str | None = None,
-        modality: str | None = None,
-        layout: str | None = None,
-        offset: int | None = None,
-        text: bool | None = None,
-    ) -> list[Codes]:
+    def tokenize_many(self, sources: Sequence[Source], **options: Unpack[TokenizeOptions]) -> list[Codes]:
         """Files (paths or bytes) to codes, in one request."""
-        parameters = _parameters(model=model, modality=modality, layout=layout, offset=offset, text=text)
-        answer = self._post("/tokenize", params=parameters, files=_files(sources), headers={"Accept": NPZ})
-        return _codes(answer.content)
+        return self._run(_tokenize(sources, **options))
 
     def windows(self, source: Source, *, model: str | None = None, modality: str | None = None) -> Iterator[Window]:
         """A long file's codes window by window, the first before the last is tokenized. Not retried."""
-        parameters = _parameters(model=model, modality=modality)
-        options: dict[str, Any] = {"params": parameters, "content": _read(source), "headers": {"Accept": NDJSON}}
-        with self._http.stream("POST", "/tokenize", **options) as answer:
+        method, path, options = _stream(source, model, modality)
+        with self._http.stream(method, path, **options) as answer:
             if not answer.is_success:
                 answer.read()
             for line in _check(answer).iter_lines():
@@ -210,48 +282,38 @@ class Client(_Requests):
         self, source: Source, *, pool: str = "mean", model: str | None = None, modality: str | None = None
     ) -> npt.NDArray[np.float32]:
         """A file's embedding, float32 ``[D]``, or with ``pool="none"`` those of its positions, ``[N, D]``."""
-        parameters = _parameters(pool=pool, model=model, modality=modality)
-        answer = self._post("/encode", params=parameters, content=_read(source), headers={"Accept": NPZ})
-        return _embeddings(answer.content)[0]
+        return self._run(_encode(source, pool, model, modality))
 
     def classify(
         self, source: Source, *, top: int | None = None, model: str | None = None, modality: str | None = None
     ) -> list[tuple[str, float]]:
         """A file's likeliest classes with their probabilities, the likeliest first; top: how many (5)."""
-        parameters = _parameters(top=top, model=model, modality=modality)
-        return _classes(self._post("/classify", params=parameters, content=_read(source)).json())
+        return self._run(_classify(source, top, model, modality))
 
     def dequantize(
         self, codes: npt.ArrayLike, *, model: str | None = None, modality: str | None = None
     ) -> npt.NDArray[np.float32]:
         """Codes ``[M', N]`` to quantized latents, float32 ``[N, d]``."""
-        headers = {"Accept": NPZ, "Content-Type": NPZ}
-        parameters = _parameters(model=model, modality=modality)
-        return _latents(
-            self._post("/dequantize", params=parameters, content=_latents_body(codes), headers=headers).content
-        )
+        return self._run(_dequantize(codes, model, modality))
 
     def info(self) -> dict[str, Any]:
         """Version, limits and models."""
-        found: dict[str, Any] = _check(self._http.get("/info")).json()
-        return found
+        return self._run(_INFO)
 
-    def _post(self, path: str, **options: Any) -> httpx.Response:
-        tried = 0
+    def _run(self, call: _Call[T]) -> T:
+        tries = self._tries()
+        pause = next(tries)
         while True:
-            answer: httpx.Response | None = None
-            try:
-                answer = self._http.post(path, **options)
-            except (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
-                pause = self.pause(tried, None)
-                if pause is None:
-                    raise
-            else:
-                pause = self.pause(tried, answer)
-                if answer.is_success or pause is None:
-                    return _check(answer)
             time.sleep(pause)
-            tried += 1
+            outcome: httpx.Response | Exception
+            try:
+                outcome = self._http.request(call.method, call.path, **call.options)
+            except BROKEN as error:
+                outcome = error
+            try:
+                pause = tries.send(outcome)
+            except StopIteration as end:
+                return call.read(end.value.content)
 
 
 class AsyncClient(_Requests):
@@ -271,32 +333,20 @@ class AsyncClient(_Requests):
         """Closes the connections."""
         await self._http.aclose()
 
-    async def tokenize(self, source: Source, **options: Any) -> Codes:
+    async def tokenize(self, source: Source, **options: Unpack[TokenizeOptions]) -> Codes:
         """See `Client.tokenize`."""
         return (await self.tokenize_many([source], **options))[0]
 
-    async def tokenize_many(
-        self,
-        sources: Sequence[Source],
-        *,
-        model: str | None = None,
-        modality: str | None = None,
-        layout: str | None = None,
-        offset: int | None = None,
-        text: bool | None = None,
-    ) -> list[Codes]:
+    async def tokenize_many(self, sources: Sequence[Source], **options: Unpack[TokenizeOptions]) -> list[Codes]:
         """See `Client.tokenize_many`."""
-        parameters = _parameters(model=model, modality=modality, layout=layout, offset=offset, text=text)
-        answer = await self._post("/tokenize", params=parameters, files=_files(sources), headers={"Accept": NPZ})
-        return _codes(answer.content)
+        return await self._run(_tokenize(sources, **options))
 
     async def windows(
         self, source: Source, *, model: str | None = None, modality: str | None = None
     ) -> AsyncIterator[Window]:
         """See `Client.windows`."""
-        parameters = _parameters(model=model, modality=modality)
-        options: dict[str, Any] = {"params": parameters, "content": _read(source), "headers": {"Accept": NDJSON}}
-        async with self._http.stream("POST", "/tokenize", **options) as answer:
+        method, path, options = _stream(source, model, modality)
+        async with self._http.stream(method, path, **options) as answer:
             if not answer.is_success:
                 await answer.aread()
             async for line in _check(answer).aiter_lines():
@@ -307,44 +357,35 @@ class AsyncClient(_Requests):
         self, source: Source, *, pool: str = "mean", model: str | None = None, modality: str | None = None
     ) -> npt.NDArray[np.float32]:
         """See `Client.encode`."""
-        parameters = _parameters(pool=pool, model=model, modality=modality)
-        answer = await self._post("/encode", params=parameters, content=_read(source), headers={"Accept": NPZ})
-        return _embeddings(answer.content)[0]
+        return await self._run(_encode(source, pool, model, modality))
 
     async def classify(
         self, source: Source, *, top: int | None = None, model: str | None = None, modality: str | None = None
     ) -> list[tuple[str, float]]:
         """See `Client.classify`."""
-        parameters = _parameters(top=top, model=model, modality=modality)
-        return _classes((await self._post("/classify", params=parameters, content=_read(source))).json())
+        return await self._run(_classify(source, top, model, modality))
 
     async def dequantize(
         self, codes: npt.ArrayLike, *, model: str | None = None, modality: str | None = None
     ) -> npt.NDArray[np.float32]:
         """See `Client.dequantize`."""
-        headers = {"Accept": NPZ, "Content-Type": NPZ}
-        parameters = _parameters(model=model, modality=modality)
-        answer = await self._post("/dequantize", params=parameters, content=_latents_body(codes), headers=headers)
-        return _latents(answer.content)
+        return await self._run(_dequantize(codes, model, modality))
 
     async def info(self) -> dict[str, Any]:
         """See `Client.info`."""
-        found: dict[str, Any] = _check(await self._http.get("/info")).json()
-        return found
+        return await self._run(_INFO)
 
-    async def _post(self, path: str, **options: Any) -> httpx.Response:
-        tried = 0
+    async def _run(self, call: _Call[T]) -> T:
+        tries = self._tries()
+        pause = next(tries)
         while True:
-            answer: httpx.Response | None = None
-            try:
-                answer = await self._http.post(path, **options)
-            except (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
-                pause = self.pause(tried, None)
-                if pause is None:
-                    raise
-            else:
-                pause = self.pause(tried, answer)
-                if answer.is_success or pause is None:
-                    return _check(answer)
             await asyncio.sleep(pause)
-            tried += 1
+            outcome: httpx.Response | Exception
+            try:
+                outcome = await self._http.request(call.method, call.path, **call.options)
+            except BROKEN as error:
+                outcome = error
+            try:
+                pause = tries.send(outcome)
+            except StopIteration as end:
+                return call.read(end.value.content)

@@ -35,6 +35,8 @@ OTHERS = (
 )
 """Kinds that are refused by name."""
 
+STRIP = 256
+"""Rows of a transparent picture that are laid over white at once."""
 DRAFT_MARGIN = 2.0
 """A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the crop then still has this many times the clip's pixels
 along both axes (the margin Pillow's own thumbnails keep)."""
@@ -350,7 +352,10 @@ def _rgb(image: Pillow.Image, box: Box) -> Pillow.Image:
     if image.mode.startswith("I;16"):
         image = Pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Pillow.new("RGBA", image.size, "white")
-        image = Pillow.alpha_composite(white, image)
+        flat = Pillow.new("RGB", image.size)
+        for top in range(0, image.height, STRIP):  # in one go, three more copies of the picture would be in memory
+            part = image.crop((0, top, image.width, min(top + STRIP, image.height))).convert("RGBA")
+            white = Pillow.new("RGBA", part.size, "white")
+            flat.paste(Pillow.alpha_composite(white, part).convert("RGB"), (0, top))
+        return flat
     return image.convert("RGB")

@@ -6,14 +6,30 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 
+from bridle.modalities.clip import TooLargeError
+
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _KEPT = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf"}
 """Chunks that say what the pixels are; the last gives the orientation. Unknown critical ones are kept, and refused."""
 
 
+MANY_CHUNKS, SMALL_CHUNK = 10_000, 256
+"""A picture may have many chunks, or small ones of so many bytes on average, but not both: each costs microseconds."""
+
+
 def pixels_only(data: bytes) -> bytes:
-    """The same picture without text, profiles, times and animation; as it is where it has none, or is cut."""
-    chunks = list(_chunks(data))
+    """The same picture without text, profiles, times and animation; as it is where it has none, or is cut.
+
+    Raises:
+        TooLargeError: chunks without end that hold next to nothing.
+    """
+    chunks = []
+    for chunk in _chunks(data):
+        chunks.append(chunk)
+        if len(chunks) > MANY_CHUNKS and chunk[1] < SMALL_CHUNK * len(chunks):
+            raise TooLargeError(
+                f"image: a PNG of more than {MANY_CHUNKS:,} chunks of fewer than {SMALL_CHUNK} bytes; save it anew"
+            )
     dropped = [(start, end) for start, end, name in chunks if not _needed(data, start, end, name)]
     if not dropped or chunks[-1][2] != b"IEND":
         return data

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from bridle.config import QuantizerSettings
+from bridle.modeling.kept_precision import KeptPrecision
 from bridle.modeling.kmeans import kmeans, random_rows
 from bridle.modeling.lookup import Codebook, cluster_sums, full_float32, nearest, rows_at_once, scores
 
@@ -70,7 +71,7 @@ class _Prepared:
         return self._found[2]
 
 
-class ResidualQuantizer(nn.Module):
+class ResidualQuantizer(KeptPrecision):
     """M codebooks of K codes of width d; each quantizes what the ones before left over.
 
     State, all of it in ``state_dict``: ``codebooks`` float32 ``[M, K, d]``, ``cluster_size`` (N) float32 ``[M, K]``,
@@ -337,16 +338,6 @@ class ResidualQuantizer(nn.Module):
         if not self._known_initialized:
             self._known_initialized = bool(self.initialized)
         return self._known_initialized
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidualQuantizer:
-        """Move devices as told, but let no cast touch the state: +1 updates of a bfloat16 count stop at 256."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
 
 def _uniform(size: int, points: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from bridle.modeling.kept_precision import KeptPrecision
 
 
-class TargetScale(nn.Module):
+class TargetScale(KeptPrecision):
     """(e - mu) / sigma per feature: embeddings share a large part that says nothing of the content, and without it the
     cosine of Eq. 6 is about what differs.
 
@@ -50,16 +52,6 @@ class TargetScale(nn.Module):
         if self.follows and self.training:
             self.statistics += target_sums(embeddings.detach(), content)
         return (embeddings.float() - self.mean) / self.deviation
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TargetScale:
-        """Move devices as told, but let no cast touch the figures."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
 
 def _moments(sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -187,10 +187,7 @@ class Channel(asyncio.Protocol):
             if self._end is not None:
                 raise self._end
             self._arrival = asyncio.get_running_loop().create_future()
-            try:
-                await self._arrival
-            finally:
-                self._arrival = None
+            await self._arrival
         if self._held and len(self._messages) < _AHEAD:
             self._held = False
             self._transport.resume_reading()

@@ -103,6 +103,14 @@ def test_transparent_parts_show_white() -> None:
     assert (tokenizing_picture(encode(palette, transparency=1), size=[64, 64]) == 255).all()
 
 
+def test_a_tall_transparent_picture_is_laid_over_white_to_its_last_row() -> None:
+    rng = np.random.default_rng(0)
+    rgba = Pillow.fromarray(rng.integers(0, 256, (600, 48, 4), dtype=np.uint8))
+    flat = Pillow.alpha_composite(Pillow.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    size = [592, 48]
+    assert np.array_equal(tokenizing_picture(encode(rgba), size=size), tokenizing_picture(encode(flat), size=size))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation: int) -> None:
     inverse = {
@@ -244,6 +252,14 @@ def test_decompression_bomb_is_refused_from_its_header() -> None:
     generous = build_modality("image", {}, Limits(max_pixels=10**12))
     with pytest.raises(TooLargeError, match="MAX_IMAGE_PIXELS"):
         next(generous.windows(png(60000, 60000)))
+
+
+@pytest.mark.parametrize("name", [b"tEXt", b"IDAT"])
+def test_chunks_without_end_are_refused_once_there_are_too_many(name: bytes) -> None:
+    header, rest = encode(gradient())[:33], encode(gradient())[33:]
+    empty = struct.pack(">I", 0) + name + struct.pack(">I", zlib.crc32(name))
+    with pytest.raises(TooLargeError, match="more than 10,000 chunks"):
+        next(build_modality("image", {}).windows(header + 1_000_000 * empty + rest))
 
 
 def test_too_many_bytes_are_refused() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from serving.engine.batching import Batcher, Entry
+from serving.engine.deployment import largest_batch
 from serving.metrics import Metrics
 
 
@@ -124,3 +125,21 @@ async def test_an_end_answers_all_that_wait() -> None:
         with pytest.raises(ConnectionError):
             await entry.future
     assert not bench.batcher.more
+
+
+@in_loop
+async def test_few_windows_are_not_shared_out_where_a_batch_costs_more_than_they_do() -> None:
+    bench = Bench(max_batch=8)
+    bench.batcher.learn(least=4)
+    waiting = [asyncio.create_task(bench.batcher.next_batch()) for _ in range(2)]
+    await asyncio.sleep(0)
+    entries = [bench.put() for _ in range(4)]
+    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    assert [task.result() for task in done] == [entries]
+    for task in waiting:
+        task.cancel()
+
+
+def test_a_batch_has_so_many_clips_as_have_a_batchs_positions() -> None:
+    assert [largest_batch(positions, ["cpu#0"]) for positions in (16, 196, 1000)] == [64, 8, 4]
+    assert [largest_batch(positions, ["cuda:0#0"]) for positions in (196, 1000)] == [64, 16]

@@ -26,3 +26,11 @@ def test_a_batch_alone_gets_all_cores_and_batches_beside_each_other_their_part(m
     assert SharedCores(processes=16, threads=0).take(more=True) == 1
     fixed = SharedCores(processes=2, threads=3)
     assert [fixed.take(more=False), fixed.take(more=True)] == [3, 3]
+
+
+def test_threads_that_win_a_clip_little_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "available_cores", lambda: 8)
+    for seconds, expected in (({8: 0.010, 4: 0.011}, 4), ({8: 0.010, 4: 0.019}, 8), ({8: 0.020, 4: 0.010}, 4)):
+        shared = SharedCores(processes=2, threads=0)
+        shared.learn(seconds)
+        assert shared.take(more=False) == expected
