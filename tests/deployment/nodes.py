@@ -103,11 +103,11 @@ class Pod:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return int(children[0])
 
-    def delete(self) -> int:
-        """What `kubectl delete pod` does; the exit code."""
+    def delete(self, grace: float | None = None) -> int:
+        """What `kubectl delete pod [--grace-period]` does; the exit code."""
         os.kill(self.first(), signal.SIGTERM)
         try:
-            return self.process.wait(self.grace)
+            return self.process.wait(self.grace if grace is None else grace)
         except subprocess.TimeoutExpired:
             os.kill(self.first(), signal.SIGKILL)
             return self.process.wait(30)
