@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("bridle", deadline=None)  # a machine's load is no fault of an example
+settings.load_profile("bridle")
 sys.path[:0] = [str(Path(__file__).parent / room) for room in ("training", "serving")]
 
 
