@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from bridle.commands.finetune import add_run_arguments
 from bridle.pretrain import begin, overrides
 from bridle.training.attended import attended
 from bridle.training.foreign_warnings import ForeignWarnings
@@ -33,29 +34,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="DeepSpeed's JSON, e.g. ds_configs/zero2.json, or one that ships with the package, e.g. builtin:zero2",
     )
     parser.add_argument("--model", metavar="MODEL_DIR", help="model folder to begin with, or OWNER/NAME of the hub")
-    add_arguments(parser)
+    add_run_arguments(parser)
     parser.set_defaults(recipe="audio-mini")
     parser.add_argument("--data", nargs="+", metavar="SHARDS", help="labelled shards to learn from")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings of the recipe to change")
     return parser.parse_intermixed_args(arguments)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `bridle finetune` takes as well."""
-    parser.add_argument("--recipe", metavar="NAME|FILE", help="shipped name or YAML file (default: the mini recipe)")
-    parser.add_argument("--heldout", nargs="+", metavar="SHARDS", help="labelled shards that it is scored on")
-    parser.add_argument("--labels", metavar="MEMBER", help="member with labels: json (the default), cls, json.FIELD")
-    parser.add_argument(
-        "--fold",
-        metavar="F",
-        help="hold this fold out, train on the others (ESC-50: 1 to 5; anywhere: I/N, the I-th of N)",
-    )
-    parser.add_argument(
-        "--scratch", action="store_true", help="random weights in the model's shape: what is pretraining worth?"
-    )
-    parser.add_argument("--run", metavar="DIR|URL", help="run folder; resumes from it (default: runs/finetune-RECIPE)")
-    parser.add_argument("--allow-new-data", action="store_true", help="go on although the shards have changed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

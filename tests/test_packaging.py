@@ -29,7 +29,7 @@ FOREIGN = {
     "train": {"fastapi", "uvicorn", "starlette", "python-multipart"},
     "serving": {"deepspeed", "ninja", "tensorboard", "decord", "webdataset"},
 }
-TRAINING = ("bridle.training", "bridle.pretrain")
+TRAINING = ("bridle.training", "bridle.pretrain", "bridle.finetune", "bridle.measuring")
 LEFT_OUT = {"library": (*TRAINING, "bridle.tokens.metrics", "serving"), "train": ("serving",), "serving": TRAINING}
 """Modules whose libraries that set is free of. `bridle.client` needs httpx, of the set `serving`; `bridle.hf`
 needs transformers, of none."""
