@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from launching import pretrain, rows, start_and_signal
+
+from bridle.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +108,12 @@ def test_a_phase_whose_result_is_damaged_ends_again_from_its_last_checkpoint(und
         lambda folder: flip(folder / "manifest.json", 40),
     ],
 )
-def test_no_model_is_exported_from_a_damaged_result(spoil, undisturbed, tmp_path):
+def test_no_model_is_exported_from_a_damaged_result(spoil, undisturbed, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     spoil(run / "checkpoints/phase-3-encoder/finished")
-    bridle = str(Path(sys.executable).with_name("bridle"))
-    done = subprocess.run(
-        [bridle, "export", str(run), str(tmp_path / "model")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert str(run / "checkpoints/phase-3-encoder/finished") in done.stderr
+    assert main(["export", str(run), str(tmp_path / "model")]) == 1
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert str(run / "checkpoints/phase-3-encoder/finished") in said
     assert not (tmp_path / "model").exists()
