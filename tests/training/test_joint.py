@@ -15,7 +15,7 @@ from bridle.model_folder import load
 from bridle.modeling.bridle import Components
 from bridle.modeling.patches import PatchShape
 from bridle.modeling.target import TargetScale
-from bridle.training.engine import RESTS, SlowStep, set_learning_rate
+from bridle.training.engine import RATE, RESTS, SlowStep, set_learning_rate
 from bridle.training.joint import JointPhaseJob
 from bridle.training.phases import EncoderModule, TokenizerModule
 
@@ -72,7 +72,9 @@ class _Engine:
 def optimizer_of(job: JointPhaseJob) -> torch.optim.AdamW:
     slow = [p for name, p in job.module.named_parameters() if name.startswith("tokenizers.")]
     fast = [p for name, p in job.module.named_parameters() if name.startswith("students.")]
-    return torch.optim.AdamW([{"params": fast, RESTS: False}, {"params": slow, RESTS: True}], lr=1e-3)
+    return torch.optim.AdamW(
+        [{"params": fast, RESTS: False, RATE: 1.0}, {"params": slow, RESTS: True, RATE: 1.0}], lr=1e-3
+    )
 
 
 @pytest.mark.parametrize("teacher", ["slow", "current"])
