@@ -132,7 +132,7 @@ def test_a_slow_teacher_keeps_its_share_of_itself() -> None:
 
 def test_resting_leaves_weights_and_moments_to_the_last_bit() -> None:
     weight = torch.nn.Parameter(torch.randn(5))
-    optimizer = torch.optim.AdamW([{"params": [weight], RESTS: True}], lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW([{"params": [weight], RESTS: True, RATE: 1.0}], lr=1e-2, weight_decay=0.1)
     for number, rests in enumerate((False, True, True, False)):
         weight.grad = torch.zeros(5) if rests else torch.randn(5)
         before, moments = weight.detach().clone(), {k: v.clone() for k, v in optimizer.state.get(weight, {}).items()}
