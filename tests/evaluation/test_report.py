@@ -69,7 +69,7 @@ def test_page_needs_nothing_from_outside(finished: Page) -> None:
 def test_page_tells_every_picture_in_words_too(finished: Page) -> None:
     pictures, drawings = finished.all("img"), finished.all("svg")
     assert len(pictures) == 3 * (2 + 4)
-    assert len(drawings) == 8
+    assert len(drawings) == 9
     assert all(picture["alt"] for picture in pictures)
     assert all(drawing["aria-label"] and drawing["role"] == "img" for drawing in drawings)
 
@@ -81,7 +81,7 @@ def test_charts_show_the_rows_of_metrics(finished: Page, tiny_run: Path) -> None
     }
     assert set(told) == {
         "Loss", "Accuracy on hidden patches", "Cosine to the encoder", "Quantization error", "Codebook usage",
-        "Learning rate", "Throughput", "Waiting for data",
+        "Learning rate", "Throughput", "Waiting for data", "Where a step's time goes",
     }  # fmt: skip
     last = {(row["phase_index"], row["split"]): row for row in _rows(tiny_run)}
     for index, kind in ((1, "encoder"), (2, "tokenizer"), (3, "encoder")):
@@ -182,6 +182,7 @@ def test_a_run_in_progress_has_a_page_with_what_there_is(
     assert len(page.all("img")) == 3 * 2
     assert {drawing["aria-label"].split(" over ")[0] for drawing in page.all("svg")} == {
         "Loss", "Accuracy on hidden patches", "Codebook usage", "Learning rate", "Throughput", "Waiting for data",
+        "Where a step's time goes",
     }  # fmt: skip
     assert captured.err.count("bridle report: ") == 2
 
@@ -207,7 +208,7 @@ def test_shards_that_are_gone_cost_the_clips_and_not_the_curves(tiny_run: Path, 
     page = Page((run / "report.html").read_text(encoding="utf-8"))
     assert "held-out clips cannot be shown" in page.text
     assert "/gone/*.tar" in page.text
-    assert len(page.all("svg")) == 8
+    assert len(page.all("svg")) == 9
 
 
 @pytest.mark.parametrize("recipe", [None, "a: [", "- 1", "modality: audio\nmodle: {}\n"])

@@ -249,7 +249,7 @@ def test_bad_json_codes_are_refused(client: httpx.Client) -> None:
     check_problem(dequantize(client, b" " * 3_000_000, "application/json"), 413, "too-large")
     check_problem(dequantize(client, b"x", "text/plain"), 415, "unsupported-kind")
     answer = client.post("/dequantize", json={"clips": [{"codes": [[1]]}]})
-    assert "several models" in check_problem(answer, 422, "wrong-parameter")["detail"]
+    assert "2 models are loaded; say which" in check_problem(answer, 422, "wrong-parameter")["detail"]
 
 
 def mutations(contents: list[bytes], count: int, seed: int) -> Iterator[bytes]:
