@@ -98,7 +98,7 @@ class _Worker:
     def _windows(self, data: bytes, first: int) -> Message | None:
         """Sends the file's clips; what is still to be said, if anything."""
         slot: int | None = first
-        single = self._modality.positions_per_second is None  # a picture is one clip: its message is the last one
+        single = "time" not in self._modality.axes  # a picture is one clip: its message is the last one
         for clip in self._modality.windows(data):
             if slot is None:
                 time_limit(0)  # waiting for a place is not the file's fault

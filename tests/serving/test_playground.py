@@ -93,7 +93,7 @@ def test_a_file_shows_its_picture_and_a_layer_for_each_codebook(
 
     facts = browser.find_element(By.ID, "facts").text
     assert f"{modality}-test" in facts
-    assert all(f"{axis} {size}" in facts for axis, size in stream.grid.items())
+    assert all(f"{axis} {size}" in facts for axis, size in stream.grid.items()), (facts, stream.grid)
     picture = browser.find_element(By.ID, "picture")
     assert browser.execute_script("return arguments[0].naturalWidth", picture) >= 64
     assert picture.get_attribute("alt")
