@@ -11,7 +11,9 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import sample_files
 from running_service import Server, serving
+from small_models import write_model
 
 import bridle
 from bridle.model_folder import BridleModel
@@ -191,3 +193,14 @@ def test_the_picture_for_people_is_a_png(client: httpx.Client, sounds: list[byte
         answer = client.post("/v1/picture", content=content).raise_for_status()
         assert answer.content.startswith(b"\x89PNG")
         assert answer.headers["x-bridle-frames"] == "1"
+
+
+def test_a_film_of_several_windows_has_the_codes_of_all(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "video")
+    film = max(sample_files("video", ("mp4",), 20), key=len)
+    stream = bridle.load(model).tokenize(film)
+    with serving(tmp_path, model, decode_workers=1) as server:
+        (clip,) = httpx.post(f"{server.url}/tokenize", content=film, timeout=60).raise_for_status().json()["clips"]
+    assert len(list(bridle.load(model).modality.windows(film))) > 1
+    assert clip["codes"] == stream.codes.T.tolist()
+    assert clip["grid"] == stream.grid
