@@ -258,11 +258,15 @@ class Deployment:
             try:
                 await self._run_batch(device, batch)
             except (EOFError, ConnectionError, TimeoutError) as error:
-                for entry in batch:
-                    self._batcher.finish(entry, _gone())
-                if isinstance(error, TimeoutError):
+                hangs = isinstance(error, TimeoutError)
+                try:  # first: until it has ended it may write embeddings into slots, which then are another request's
+                    code = await self._children.pop(device).end(patience=0.0 if hangs else 2.0)
+                finally:
+                    for entry in batch:
+                        self._batcher.finish(entry, _gone())
+                if hangs:
                     log("error", "a batch took longer than model_seconds", model=self.name, device=device)
-                await self._replace(device)
+                await self._replace(device, code)
             except BaseException as error:
                 for entry in batch:
                     self._batcher.finish(entry, _gone())
@@ -304,9 +308,8 @@ class Deployment:
             entry.model_seconds = answer.seconds
             self._batcher.finish(entry, result)
 
-    async def _replace(self, device: str) -> None:
+    async def _replace(self, device: str, code: int | None) -> None:
         """What waits in the queue waits a little longer; only the batch that the process had has failed."""
-        code = await self._children.pop(device).end()
         self._metrics.worker_restarts.labels("model", self.name).inc()
         log("error", "a model process ended; starting another", model=self.name, device=device, exit_code=code)
         pause = 0.2
