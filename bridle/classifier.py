@@ -23,8 +23,8 @@ from bridle.config import EncoderSettings
 from bridle.files import read_json, sha256, whole_folder
 from bridle.hub import local_folder
 from bridle.modalities import build_modality
-from bridle.modalities.clip import Clip, Limits, Modality, TooLargeError
-from bridle.model import CLIPS_AT_ONCE, batched, stacked
+from bridle.modalities.clip import Clip, Limits, Modality
+from bridle.model import CLIPS_AT_ONCE, batched, content_positions, read_source, stacked
 from bridle.model_folder import CLASSIFIER, DTYPES, ModelError, patch_shape
 from bridle.modeling.classifier import ClassifierModule, probabilities
 from bridle.settings import RecipeError, Settings, parse_settings
@@ -93,9 +93,7 @@ class Classifier:
         valid: positions of each clip that are content (`Clip.positions`); none: all.
         """
         placed = values.to(device=self.device, dtype=self.module.head.weight.dtype)
-        content = None
-        if valid is not None and min(valid) < self.module.encoder.patch.count(values):
-            content = torch.tensor(list(valid), dtype=torch.int64).to(self.device)
+        content = content_positions(self.module.encoder, placed, valid)
         return probabilities(self.module(placed, valid=content), self.config.loss)
 
     def classify(self, source: bytes | str | Path) -> Tensor:
@@ -104,7 +102,7 @@ class Classifier:
         Raises:
             ClipError: the file cannot be decoded or is above a limit. OSError: it cannot be read.
         """
-        return self.mean(self.modality.windows(self._read(source)))
+        return self.mean(self.modality.windows(read_source(source, self.modality.limits.max_bytes)))
 
     def mean(self, clips: Iterable[Clip]) -> Tensor:
         """float32 ``[classes]`` of clips of one file, see `classify`. Raises ClipError."""
@@ -115,14 +113,6 @@ class Classifier:
             found.append(self.probabilities(values, positions).cpu())
             content += positions
         return weighted_mean(torch.cat(found), content)
-
-    def _read(self, source: bytes | str | Path) -> bytes:
-        if isinstance(source, bytes):
-            return source
-        path, limit = Path(source), self.modality.limits.max_bytes
-        if path.stat().st_size > limit:
-            raise TooLargeError(f"{path}: {path.stat().st_size} bytes, above max_bytes = {limit}; split the file")
-        return path.read_bytes()
 
 
 def weighted_mean(found: Tensor, content: Sequence[int]) -> Tensor:

@@ -132,19 +132,19 @@ class BridleModel:
         valid: positions of each clip that are content (`Clip.positions`); the padding behind them changes no code
         before it, and its own codes mean nothing. None: all N.
         """
-        return self.tokenizer.codes(self._placed(values), self._valid(values, valid))
+        return self.tokenizer.codes(*self._placed(values, valid))
 
     @torch.inference_mode()
     def embed(self, values: Tensor, valid: Sequence[int] | None = None) -> Tensor:
         """Normalised clips ``[B, C, *S]`` to the encoder's patch embeddings, float32 ``[B, N, width]``; valid: as in
         `codes`."""
-        return self.encoder.embeddings(self._placed(values), self._valid(values, valid)).float()
+        return self.encoder.embeddings(*self._placed(values, valid)).float()
 
     @torch.inference_mode()
     def latents(self, values: Tensor, valid: Sequence[int] | None = None) -> Tensor:
         """Normalised clips ``[B, C, *S]`` to the tokenizer's latents before quantization, ``[B, N, d]``; valid: as in
         `codes`."""
-        return self.tokenizer.latents(self._placed(values), self._valid(values, valid))
+        return self.tokenizer.latents(*self._placed(values, valid))
 
     @torch.inference_mode()
     def dequantize(self, codes: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class BridleModel:
         """
         places: list[Place] = []
         codes: list[Tensor] = []
-        for batch in batched(self.modality.windows(self._read(source)), CLIPS_AT_ONCE):
+        for batch in batched(self.modality.windows(read_source(source, self.modality.limits.max_bytes)), CLIPS_AT_ONCE):
             codes += self.codes(*stacked(batch)).cpu().unbind(0)
             places += [Place.of(clip) for clip in batch]
         return CodeStream.from_windows(self.config.modality, self.config.quantizer.codebook_size, places, codes)
@@ -178,28 +178,36 @@ class BridleModel:
             ClipError, OSError: see `tokenize`.
         """
         kept: list[Tensor] = []
-        for batch in batched(self.modality.windows(self._read(source)), CLIPS_AT_ONCE):
+        for batch in batched(self.modality.windows(read_source(source, self.modality.limits.max_bytes)), CLIPS_AT_ONCE):
             embeddings = self.embed(*stacked(batch)).cpu()
             kept += [found[: clip.positions] for clip, found in zip(batch, embeddings, strict=True)]
         return torch.cat(kept)
 
-    def _placed(self, values: Tensor) -> Tensor:
-        return values.to(device=self.device, dtype=self.encoder.embed.weight.dtype)
+    def _placed(self, values: Tensor, valid: Sequence[int] | None) -> tuple[Tensor, Tensor | None]:
+        placed = values.to(device=self.device, dtype=self.encoder.embed.weight.dtype)
+        return placed, content_positions(self.encoder, placed, valid)
 
-    def _valid(self, values: Tensor, valid: Sequence[int] | None) -> Tensor | None:
-        """On the model's device; none where nothing is padded, so that attention needs no mask."""
-        if valid is None or min(valid) >= self.encoder.patch.count(values):
-            return None
-        return torch.tensor(list(valid), dtype=torch.int64).to(self.device)
 
-    def _read(self, source: bytes | str | Path) -> bytes:
-        if isinstance(source, bytes):
-            return source
-        path = Path(source)
-        limit = self.modality.limits.max_bytes
-        if path.stat().st_size > limit:
-            raise TooLargeError(f"{path}: {path.stat().st_size} bytes, above max_bytes = {limit}; split the file")
-        return path.read_bytes()
+def content_positions(encoder: Encoder, values: Tensor, valid: Sequence[int] | None) -> Tensor | None:
+    """Positions of content of each clip, int64 on the values' device; none where nothing is padded, so that attention
+    needs no mask."""
+    if valid is None or min(valid) >= encoder.patch.count(values):
+        return None
+    return torch.tensor(list(valid), dtype=torch.int64).to(values.device)
+
+
+def read_source(source: bytes | str | Path, max_bytes: int) -> bytes:
+    """A file's bytes, by its path or themselves.
+
+    Raises:
+        TooLargeError: it has more than `max_bytes`. OSError: it cannot be read.
+    """
+    if isinstance(source, bytes):
+        return source
+    path = Path(source)
+    if path.stat().st_size > max_bytes:
+        raise TooLargeError(f"{path}: {path.stat().st_size} bytes, above max_bytes = {max_bytes}; split the file")
+    return path.read_bytes()
 
 
 def batched(clips: Iterable[T], count: int) -> Iterator[list[T]]:
