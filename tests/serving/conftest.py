@@ -8,10 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 from running_service import Server, serving
-from small_models import write_classifier, write_model
+from small_models import sample_files, write_classifier, write_model
 
 import bridle
-from bridle.data.shards import open_shards
 from bridle.model_folder import BridleModel
 
 
@@ -55,13 +54,6 @@ def audio_model(audio_folder: Path) -> BridleModel:
 @pytest.fixture(scope="session")
 def image_model(image_folder: Path) -> BridleModel:
     return bridle.load(image_folder)
-
-
-def sample_files(name: str, extensions: tuple[str, ...], count: int) -> list[bytes]:
-    """Real files from the shipped sample."""
-    shards = open_shards([f"builtin:{name}"], extensions=extensions)
-    step = max(1, len(shards) // count)
-    return [shards.read(i).data for i in range(0, len(shards), step)][:count]
 
 
 @pytest.fixture(scope="session")

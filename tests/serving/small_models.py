@@ -1,4 +1,4 @@
-"""A tiny model with random weights, for tests that need a model and not its knowledge."""
+"""Tiny models with random weights, for tests that need a model and not its knowledge, and real files for them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from untrained import save_untrained
 
 from bridle.classifier import new_config, save_classifier
 from bridle.config import load_recipe
+from bridle.data.shards import open_shards
 from bridle.modalities import build_modality
 from bridle.model_folder import patch_shape
 from bridle.modeling.classifier import build_classifier
@@ -39,3 +40,10 @@ def write_classifier(folder: Path, modality: str = "audio", *, name: str = "kind
     )
     save_classifier(folder, config, module.state_dict(), None)
     return folder
+
+
+def sample_files(name: str, extensions: tuple[str, ...], count: int) -> list[bytes]:
+    """Real files from the shipped sample."""
+    shards = open_shards([f"builtin:{name}"], extensions=extensions)
+    step = max(1, len(shards) // count)
+    return [shards.read(i).data for i in range(0, len(shards), step)][:count]

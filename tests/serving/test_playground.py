@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 from running_service import Server, serving
-from small_models import write_model
+from small_models import sample_files, write_model
 
 from bridle.model_folder import load
 
 pytest.importorskip("selenium")
 
-from conftest import sample_files
 from selenium import webdriver
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By

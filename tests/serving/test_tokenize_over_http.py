@@ -11,9 +11,8 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import sample_files
 from running_service import Server, serving
-from small_models import write_model
+from small_models import sample_files, write_model
 
 import bridle
 from bridle.model_folder import BridleModel
