@@ -27,7 +27,7 @@ SETS = {
 FOREIGN = {
     "library": {"deepspeed", "fastapi", "uvicorn", "starlette", "tensorboard", "boto3"},
     "train": {"fastapi", "uvicorn", "starlette", "python-multipart"},
-    "serving": {"deepspeed", "ninja", "tensorboard", "decord", "webdataset"},
+    "serving": {"deepspeed", "ninja", "tensorboard", "decord"},
 }
 TRAINING = ("bridle.training", "bridle.pretrain", "bridle.finetune", "bridle.measuring")
 LEFT_OUT = {"library": (*TRAINING, "bridle.tokens.metrics", "serving"), "train": ("serving",), "serving": TRAINING}

@@ -1,8 +1,7 @@
-"""Writing shards: plain tars whose bytes depend on nothing but their content."""
+"""Writing shards with WebDataset's writer: plain tars whose bytes depend on nothing but their content."""
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Sequence
@@ -49,8 +48,13 @@ def write_shard(path: Path, samples: Sequence[Planned]) -> tuple[index.Header, l
     Raises:
         ShardError: no room on the disk, no file of the shard can be read, or two samples of one key.
     """
+    from webdataset import TarWriter  # brings torch, which planning and finished shards can do without
+
     unreadable = []
-    with written_aside(path) as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
+    with (
+        written_aside(path) as stream,
+        TarWriter(stream, encoder=False, mode=0o644, mtime=0, user="", group="") as tar,
+    ):
         for sample in samples:
             try:
                 content = sample.source.read_bytes()
@@ -60,8 +64,7 @@ def write_shard(path: Path, samples: Sequence[Planned]) -> tuple[index.Header, l
                     fault = f"{sample.source}: {error.strerror}, and so are all {len(samples)} files of {path.name}"
                     raise ShardError(f"{fault}; check the disk, and run the same command again") from None
                 continue
-            _add(tar, f"{sample.key}.{sample.extension}", content)
-            _add(tar, f"{sample.key}.json", sample.json)
+            tar.write({"__key__": sample.key, sample.extension: content, "json": sample.json})
     return write_index(path), unreadable
 
 
@@ -75,12 +78,6 @@ def write_index(path: Path, where: Path | None = None) -> index.Header:
     header, entries = index.scan(path, hashed=True)
     index.write(where or path.with_name(path.name + index.SUFFIX), header, entries, written)
     return header
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size, member.mode, member.mtime = len(content), 0o644, 0
-    tar.addfile(member, io.BytesIO(content))
 
 
 def _blocks(size: int) -> int:
