@@ -39,6 +39,9 @@ class ServeSettings(Settings):
     """Address to listen on. Any address but loopback needs API keys."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one and logs it."""
+    http_processes: Annotated[int, Field(ge=1, le=64)] = 1
+    """HTTP processes behind the port, among which devices, decoders, cores and connections are shared out; more than
+    one pays where the model is so fast that HTTP keeps one core busy."""
     root_path: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]+)*/?$")] = ""
     """Path under which a proxy serves this, such as /bridle; requests may still have it. Told in openapi.json."""
     allowed_hosts: Words = ()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
+from contextlib import nullcontext
 
 from serving.metrics import Metrics
 from serving.settings import ServeSettings
+from serving.web.counts import Counts
 from serving.web.problems import ProblemError
 
 MIN_TIMEOUT = 0.1
@@ -24,11 +26,14 @@ class Admission:
 
     While others wait, a client that holds places gets no more than `max_share` of them. A client is a key, or an
     address where there are no keys.
+
+    counts: what the other HTTP processes of the service have taken, where there are any: the bounds are those of all.
     """
 
-    def __init__(self, settings: ServeSettings, metrics: Metrics) -> None:
+    def __init__(self, settings: ServeSettings, metrics: Metrics, counts: Counts | None = None) -> None:
         self._settings = settings
         self._metrics = metrics
+        self._counts = counts
         self._files: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self._seen: dict[str, float] = {}
@@ -54,21 +59,28 @@ class Admission:
             ProblemError: there are none (429).
         """
         settings = self._settings
-        self._check(client, self._files, files, settings.max_queue, "files", "max_queue")
-        self._check(client, self._bytes, size, settings.max_queue_bytes, "bytes", "max_queue_bytes")
+        whole, own = self._counts.taken(client) if self._counts is not None else ((0, 0), (0, 0))
+        self._check(client, self._files, (whole[0], own[0]), files, settings.max_queue, "files", "max_queue")
+        self._check(client, self._bytes, (whole[1], own[1]), size, settings.max_queue_bytes, "bytes", "max_queue_bytes")
 
-    def _check(self, client: str, taken: Counter[str], more: int, limit: int, what: str, name: str) -> None:
+    def _check(
+        self, client: str, here: Counter[str], elsewhere: tuple[int, int], more: int, limit: int, what: str, name: str
+    ) -> None:
+        """elsewhere: what the other processes have taken, in all and for this client."""
         if not more:
             return
-        if taken.total() + more > limit:
-            raise self._busy(f"{taken.total()} {what} are under way, {name} is {limit}")
+        whole, own = here.total() + elsewhere[0], here[client] + elsewhere[1]
+        if whole + more > limit:
+            raise self._busy(f"{whole} {what} are under way, {name} is {limit}")
         share = int(self._settings.max_share * limit)
-        if taken[client] and taken[client] + more > share and self._others_wait(client):
-            raise self._busy(f"{taken[client]} {what} of yours are under way, and others wait; a share is {share}")
+        if own and own + more > share and self._others_wait(client):
+            raise self._busy(f"{own} {what} of yours are under way, and others wait; a share is {share}")
 
     def _others_wait(self, client: str) -> bool:
         since = time.monotonic() - WAITING_SECONDS
-        return any(seen > since for other, seen in self._seen.items() if other != client)
+        if any(seen > since for other, seen in self._seen.items() if other != client):
+            return True
+        return self._counts is not None and self._counts.others_wait(client, since)
 
     def _see(self, client: str) -> None:
         now = time.monotonic()
@@ -76,15 +88,35 @@ class Admission:
         self._seen[client] = now  # the order is that of the times
         while self._seen and (len(self._seen) > MAX_CLIENTS or next(iter(self._seen.values())) < now - WAITING_SECONDS):
             del self._seen[next(iter(self._seen))]
+        if self._counts is not None:
+            with self._counts.lock():
+                self._counts.see(client, now)
 
-    def move(self, client: str, files: int, size: int) -> None:
-        """Takes places that `check` found, or gives them back."""
+    def take(self, client: str, files: int, size: int) -> None:
+        """Takes places, if there are any.
+
+        Raises:
+            ProblemError: there are none (429).
+        """
+        with self._counts.lock() if self._counts is not None else nullcontext():
+            self.check(client, files, size)
+            self._move(client, files, size)
+
+    def give_back(self, client: str, files: int, size: int) -> None:
+        """Gives places back."""
+        if not files and not size:
+            return
+        with self._counts.lock() if self._counts is not None else nullcontext():
+            self._move(client, -files, -size)
+        self._finished.extend([time.monotonic()] * min(files, REMEMBERED))
+
+    def _move(self, client: str, files: int, size: int) -> None:
         for taken, change in ((self._files, files), (self._bytes, size)):
             taken[client] += change
             if not taken[client]:
                 del taken[client]
-        if files < 0:
-            self._finished.extend([time.monotonic()] * min(-files, REMEMBERED))
+        if self._counts is not None:
+            self._counts.move(client, files, size)
         self._metrics.queued.set(self._files.total())
         self._metrics.upload_bytes.set(self._bytes.total())
 
@@ -134,8 +166,7 @@ class Places:
         Raises:
             ProblemError: there are not so many (429).
         """
-        self._admission.check(self._client, count, 0)
-        self._admission.move(self._client, count, 0)
+        self._admission.take(self._client, count, 0)
         self.files += count
 
     def take_bytes(self, size: int) -> None:
@@ -144,16 +175,15 @@ class Places:
         Raises:
             ProblemError: none is left (429).
         """
-        self._admission.check(self._client, 0, size)
-        self._admission.move(self._client, 0, size)
+        self._admission.take(self._client, 0, size)
         self.bytes += size
 
     def give_back_files(self) -> None:
         """The work is done; the answer's bytes stay taken until they are sent."""
-        self._admission.move(self._client, -self.files, 0)
+        self._admission.give_back(self._client, self.files, 0)
         self.files = 0
 
     def close(self) -> None:
         """Gives all back."""
-        self._admission.move(self._client, -self.files, -self.bytes)
+        self._admission.give_back(self._client, self.files, self.bytes)
         self.files = self.bytes = 0

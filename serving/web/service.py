@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import Request
 
 from bridle import __version__
 from bridle.settings import RecipeError
+from serving.engine.deployment import Deployment
 from serving.engine.errors import EngineError
 from serving.engine.registry import Registry
 from serving.logs import log
@@ -21,26 +19,29 @@ from serving.settings import ServeSettings
 from serving.tracing import Tracing
 from serving.web.admission import Admission, Places
 from serving.web.keys import KeyRing
+from serving.web.siblings import Siblings
 from serving.web.uploads import Uploads
 
 
 class Service:
     """The parts of a running service.
 
+    siblings: all HTTP processes, where this is one of several.
+
     Raises:
         RecipeError: wrong settings or keys.
     """
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(self, settings: ServeSettings, siblings: Siblings | None = None) -> None:
         self.settings = settings
+        self.siblings = siblings
         self.metrics = Metrics()
         self.keys = KeyRing(settings)
-        self.admission = Admission(settings, self.metrics)
+        self.admission = Admission(settings, self.metrics, siblings.counts if siblings is not None else None)
         self.uploads = Uploads(settings, self.metrics)
         self.registry = Registry(settings, self.metrics)
         self.tracing = Tracing(settings.otlp_endpoint)
         self.draining = False
-        self.stop: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGTERM)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -55,6 +56,8 @@ class Service:
             await self.registry.stop()
             raise
         self.metrics.ready.set(1)
+        if self.siblings is not None:
+            self.siblings.counts.started()
 
     async def close(self) -> None:
         """Ends all processes."""
@@ -72,7 +75,12 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether new requests should come here."""
-        return self.registry.running and not self.draining
+        return self.registry.running and not self.draining and self.all_started
+
+    @property
+    def all_started(self) -> bool:
+        """Whether every HTTP process has been ready; one that takes another's place listens only when it is."""
+        return self.siblings is None or self.siblings.counts.all_started
 
     def drain(self) -> None:
         """Stops being ready; everything is still served until the server stops."""
@@ -117,7 +125,7 @@ class Service:
                 "object": "model",
                 **model.info,
                 "codes_depend_on_batch": model.codes_depend_on_batch,
-                "device": model.devices,
+                "device": self._devices(model),
                 "dtype": self.settings.dtype,
             }
             for model in self.registry.models
@@ -126,9 +134,18 @@ class Service:
     def classifiers(self) -> list[dict[str, Any]]:
         """What `/v1/models` says of each classifier."""
         return [
-            {"id": one.name, "object": "classifier", **one.info, "device": one.devices, "dtype": self.settings.dtype}
+            {
+                "id": one.name,
+                "object": "classifier",
+                **one.info,
+                "device": self._devices(one),
+                "dtype": self.settings.dtype,
+            }
             for one in self.registry.classifiers
         ]
+
+    def _devices(self, model: Deployment) -> list[str]:
+        return model.devices if self.siblings is None else self.siblings.devices
 
 
 async def service_of(request: Request) -> Service:

@@ -53,10 +53,10 @@ def main(line: Line, memory: Shared) -> None:
     modality = build_modality(begin.modality, settings, Limits.model_validate(begin.limits))
     offline = leave_network()
     confine(begin.memory_bytes)
-    line.send(Ready(VERSION, offline))
     slots = np.frombuffer(memory, np.float32).reshape(-1, begin.slot_bytes // 4)
     worker = _Worker(line, modality, slots, begin)
     try:
+        line.send(Ready(VERSION, offline))
         while True:
             message, data = line.receive()
             if isinstance(message, Decode | Draw):  # what else arrives here was meant for a job that has just ended

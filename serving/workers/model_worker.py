@@ -46,8 +46,8 @@ def main(line: Line, memory: Shared) -> None:
     except (ValueError, OSError, RuntimeError) as error:  # the folder or the device, not a request
         line.send(Fault(" ".join(str(error).split())[:2000], "", memory=False))
         return
-    line.send(hello)
     try:
+        line.send(hello)
         while True:
             line.send(*worker.answer(*line.receive()))
     except (EOFError, ConnectionError):

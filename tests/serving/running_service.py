@@ -45,14 +45,18 @@ class Server:
 
     def children(self, kind: str) -> list[int]:
         """Process ids of the service's `decode` or `model` processes, found by their parent and their name."""
-        found = []
-        for status in Path("/proc").glob("[0-9]*/status"):
-            with contextlib.suppress(OSError):
-                text = status.read_text()
-                pid, parent = (int(_field(text, name)) for name in ("Pid", "PPid"))
-                if _template_of(parent) == self.process.pid and kind in _kinds(pid):
-                    found.append(pid)
-        return sorted(found)
+        services, parents = {self.process.pid, *self.http_processes()}, dict(_parents())
+        return sorted(
+            pid for pid, template in parents.items() if kind in _kinds(pid) and parents.get(template) in services
+        )
+
+    def http_processes(self) -> list[int]:
+        """Process ids of the HTTP processes, where there are several."""
+        return sorted(
+            pid
+            for pid, parent in _parents()
+            if parent == self.process.pid and b"--http-process\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
 
     def metric(self, name: str, client: httpx.Client | None = None) -> float:
         """The sum of a metric over its labels."""
@@ -99,11 +103,19 @@ def _field(status: str, name: str) -> str:
     return next(line.split()[1] for line in status.splitlines() if line.startswith(name + ":"))
 
 
-def _template_of(pid: int) -> int:
-    """The parent of a process: the service, where `pid` is the process that others are forked from."""
-    return int(_field(Path(f"/proc/{pid}/status").read_text(), "PPid"))
+def _parents() -> list[tuple[int, int]]:
+    """Every process and its parent."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            text = status.read_text()
+            found.append((int(_field(text, "Pid")), int(_field(text, "PPid"))))
+    return found
 
 
 def _kinds(pid: int) -> str:
     """What a process says it is; decoders and models name themselves."""
-    return Path(f"/proc/{pid}/comm").read_text()
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""

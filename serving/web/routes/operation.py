@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -13,6 +13,7 @@ from serving.web.problems import ProblemError
 from serving.web.schemas import Info, ModelList, ReloadParameters
 from serving.web.scopes import needs
 from serving.web.service import Service, service_of
+from serving.web.siblings import from_sibling
 
 router = APIRouter(tags=["operation"])
 TheService = Annotated[Service, Depends(service_of)]
@@ -37,9 +38,12 @@ async def readyz(service: TheService) -> str:
 
 @router.get("/metrics", response_class=PlainTextResponse, responses=problems())
 @needs("metrics")
-async def metrics(service: TheService) -> Response:
+async def metrics(request: Request, service: TheService) -> Response:
     """Prometheus metrics."""
-    return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    text = service.metrics.text()
+    if service.siblings is not None and not from_sibling(request):
+        text = await service.siblings.metrics(request, text)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/models", response_model=ModelList, responses=problems())
@@ -58,7 +62,11 @@ async def info(service: TheService) -> JSONResponse:
 
 @router.post("/v1/models/reload", response_model=ModelList, responses=problems())
 @needs("admin")
-async def reload(service: TheService, parameters: Annotated[ReloadParameters, Query()]) -> JSONResponse:
+async def reload(
+    request: Request, service: TheService, parameters: Annotated[ReloadParameters, Query()]
+) -> JSONResponse:
     """Loads models from their folders again (scope `admin`). Requests under way end on the old ones."""
     await service.registry.reload(parameters.model)
+    if service.siblings is not None and not from_sibling(request):
+        await service.siblings.reload(request)
     return JSONResponse({"object": "list", "data": service.models(), "classifiers": service.classifiers()})
