@@ -62,13 +62,13 @@ format-check: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# A third of the mini recipes' steps.
+# A third of audio-mini's and image-mini's steps; most of video-mini's, which has fewer.
 DEMO_STEPS = phases.1.steps=500 phases.1.warmup_steps=50 phases.2.steps=250 phases.2.warmup_steps=25 \
 	phases.3.steps=250 phases.3.warmup_steps=25
 demo-models: $(INSTALLED)
-	for kind in audio image; do $(BIN)/python bridle/pretrain.py --deepspeed_config ds_configs/zero1.json \
+	for kind in audio image video; do $(BIN)/python bridle/pretrain.py --deepspeed_config ds_configs/zero1.json \
 		--recipe $$kind-mini --run runs/demo-$$kind $(DEMO_STEPS) || exit $$?; done
-	$(BIN)/python tools/demo_models.py runs/demo-audio runs/demo-image
+	$(BIN)/python tools/demo_models.py runs/demo-audio runs/demo-image runs/demo-video
 
 # Faults put in on purpose: do the nearest tests notice? Tens of minutes; MUTANTS='--count 200' for more.
 mutants: $(INSTALLED)

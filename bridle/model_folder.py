@@ -151,7 +151,7 @@ def load(
     limits: Limits | None = None,
     revision: str | None = None,
 ) -> PublishableModel:
-    """Loads a model folder, one of the Hugging Face hub by ``owner/name``, or ``builtin:audio``, ``builtin:image``.
+    """Loads a model folder, one of the Hugging Face hub by ``owner/name``, or one that ships: ``builtin:audio``.
 
     device: where to put it; dtype: `float32` or `bfloat16` (the quantizer stays in float32); limits: bounds on what a
     file may unfold to; revision: of a hub's repository, best a commit.

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         nargs="*",
         metavar="[NAME=]MODEL_DIR",
-        help="model folders, such as runs/NAME/models/final, or builtin:audio, builtin:image",
+        help="model folders, such as runs/NAME/models/final, or builtin:audio, builtin:image, builtin:video",
     )
     parser.add_argument("--new-key", metavar="NAME", help="print a new API key and the line that admits it, then exit")
     parser.add_argument("--scopes", default="use", help="scopes of the new key, joined by + (use, metrics, admin)")

@@ -15,7 +15,7 @@ from bridle.model_folder import read_config
 from serving.engine.registry import named_folder
 
 
-@pytest.mark.parametrize("kind", ["audio", "image"])
+@pytest.mark.parametrize("kind", ["audio", "image", "video"])
 def test_a_demo_model_of_each_modality_is_small_learned_and_says_what_it_is_not(kind: str, tmp_path: Path) -> None:
     folder = local_folder(f"builtin:{kind}")
     assert (folder / "model.safetensors").stat().st_size <= 3_000_000
@@ -37,7 +37,20 @@ def test_commands_take_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["tokenize", "builtin:audio", str(clip)]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "audio-demo"
     assert main(["codebooks", "builtin:sound", "builtin:audio-heldout"]) == 1
-    assert "builtin:audio, builtin:image" in capsys.readouterr().err
+    assert "builtin:audio, builtin:image, builtin:video" in capsys.readouterr().err
+
+
+def test_a_film_gets_codes_of_all_its_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = bridle.load("builtin:video")
+    shards = open_shards(["builtin:video-heldout"], extensions=model.modality.extensions)
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(max((shards.data(number) for number in range(len(shards))), key=len))
+    assert main(["tokenize", "builtin:video", str(clip)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"] == "video-demo" and found["modality"] == "video"
+    positions = found["grid"]["time"] * found["grid"]["height"] * found["grid"]["width"]
+    assert [len(codes) for codes in found["codes"]] == [positions] * 4
+    assert found["grid"]["time"] > model.modality.grid["time"], "more than a window's"
 
 
 def test_the_service_takes_it_under_its_own_name_or_another() -> None:
