@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", metavar="SHARDS", nargs="+", help="test on these shards, instead of in folds")
     parser.add_argument("--folds", metavar="K", type=folds_number, default=5, help="folds, 2 or more (default: 5)")
     parser.add_argument("--seed", type=whole_number, default=0, help="of folds and bootstrap draws (default: 0)")
+    parser.add_argument("--fast", action="store_true", help="without the paper's linear probe, which is trained")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write probe.json and probe.html there")
     parser.add_argument("--workers", metavar="N", type=whole_number, default=1, help="decoding processes (default: 1)")
 
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: nothing could be decoded.
     """
     from bridle.data.shards import open_shards
+    from bridle.evaluation.linear_probe import paper_settings
     from bridle.evaluation.probe import figures, verdicts
     from bridle.evaluation.probe_features import comparisons
     from bridle.evaluation.probe_page import probe_page
@@ -60,12 +62,13 @@ def run(args: argparse.Namespace) -> int:
     if test and (both := {shard.url for shard in learn.shards} & {shard.url for shard in test.shards}):
         raise RecipeError(f"--test: {min(both)} is among the shards to learn from as well; keep them apart")
     pooled, task, unlabelled = _measured(model, learn, test, args)
+    settings = None if args.fast else paper_settings(model.config.modality, max(len(known) for known, _ in task.splits))
     found = {
         "model": {key: model.info[key] for key in FACTS},
         "shards": args.shards, "labels": args.labels, "group": args.group, "test": args.test or [],
         "folds": None if args.test else args.folds, "seed": args.seed,
         "unlabelled": unlabelled, "skipped": pooled.skipped,
-    } | figures(pooled.features, comparisons(model), task, args.seed)  # fmt: skip
+    } | figures(pooled.features, comparisons(model), task, args.seed, settings)  # fmt: skip
     print(_table(found))
     print("\n".join(["", *verdicts(found)]))
     if args.out is not None:
@@ -125,13 +128,12 @@ def with_progress(items: Iterable[tuple[int, Any]], files: int, program: str) ->
 
 def _table(found: dict[str, Any]) -> str:
     from bridle.evaluation.probe import spelled
-    from bridle.evaluation.probe_page import score_rows
-    from bridle.evaluation.probe_scores import READERS
+    from bridle.evaluation.probe_page import readers_of, score_rows
 
-    metric = found["metric"]
-    head = ["feature", "numbers", *(f"{reader}: {metric.replace('_', ' ')}" for reader in READERS)]
+    metric, readers = found["metric"], readers_of(found)
+    head = ["feature", "numbers", *(f"{reader}: {metric.replace('_', ' ')}" for reader in readers)]
     plain = metric == "balanced_accuracy"
-    head += [*(f"{reader}: accuracy" for reader in READERS), "linear: top-5"] if plain else []
+    head += [*(f"{reader}: accuracy" for reader in readers), "linear: top-5"] if plain else []
     lines: list[Sequence[str]] = [head]
     for name, columns, scores in score_rows(found):
         cells = [name, str(columns), *(spelled(score[metric]) for score in scores)]

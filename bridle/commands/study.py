@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         if code := _train(args, recipe, arm, seed):
             return code
         _measure(args, _folder(args, arm, seed), sets, lists)
-    _report(args, sets, lists, jobs)
+    _report(args, recipe, sets, lists, jobs)
     return 0
 
 
@@ -155,6 +155,7 @@ def _save_controls(path: Path, features: Sequence[Feature]) -> None:
 
 def _report(
     args: argparse.Namespace,
+    recipe: Recipe,
     sets: Sequence[ShardSet],
     lists: Sequence[Sequence[Labelled]],
     jobs: Sequence[tuple[str, int]],
@@ -162,9 +163,11 @@ def _report(
     """Prints the tables and writes the page."""
     from safetensors.torch import load_file
 
+    from bridle.evaluation.linear_probe import paper_settings
     from bridle.evaluation.pictures import norms_picture
     from bridle.evaluation.probe import make_task, verdicts
     from bridle.evaluation.probe_features import Feature
+    from bridle.evaluation.probe_scores import READERS
     from bridle.evaluation.study import ARMS, RANDOM, Measured, probe_rows, row_name, same_files, usage_rows
     from bridle.evaluation.study_page import as_text, score_table, study_page, usage_table
     from bridle.files import whole_file, write_json
@@ -181,18 +184,20 @@ def _report(
         kept.append([file for file in files if before + file.number in readable])
         before += len(shards)
     task = make_task(kept[0], kept[1] if args.test else None, args.folds, 0)
+    settings = paper_settings(recipe.modality, max(len(known) for known, _ in task.splits))
     command = ["bridle study", args.name, *args.shards, "--recipe", args.recipe, "--seeds", str(args.seeds)]
     found: dict[str, Any] = {
         "recipe": args.recipe, "share": args.share, "seeds": list(range(args.seeds)), "commit": _commit(),
         "command": " ".join([*command, "--share", f"{args.share:g}", *(["--set", *args.set] if args.set else [])]),
         "recipe_text": (_folder(args, *jobs[-1]) / "recipe.yaml").read_text(encoding="utf-8"),
-        "probe": probe_rows(measured, controls, task, 0), "usage": usage_rows(measured),
+        "probe": probe_rows(measured, controls, task, 0, settings), "usage": usage_rows(measured),
     }  # fmt: skip
     pictures = [
         (row_name(*key), norms_picture(copies[0].norms, copies[0].counts, row_name(*key)))
         for key, copies in measured.items()
     ]
-    tables = [as_text(score_table(found)), as_text(usage_table(found)), "\n".join(verdicts(found["probe"]))]
+    tables = [as_text(score_table(found, reader)) for reader in (READERS[0], READERS[2])]
+    tables += [as_text(usage_table(found)), "\n".join(verdicts(found["probe"]))]
     print("\n" + "\n\n".join(tables))
     write_json(args.out / "study.json", found)
     with whole_file(args.out / "study.html") as aside:

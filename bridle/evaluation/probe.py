@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bridle.data.errors import ShardError
 from bridle.data.shards import ShardSet
+from bridle.evaluation.linear_probe import ProbeSettings, trained_scores
 from bridle.evaluation.probe_features import Comparison, Feature
 from bridle.evaluation.probe_scores import (
     READERS,
@@ -192,20 +193,24 @@ def make_task(learn: Sequence[Labelled], test: Sequence[Labelled] | None, folds:
     return Task(classes, targets, groups, splits, torch.tensor(kept), left_out, several)
 
 
-def figures(features: Sequence[Feature], compared: Sequence[Comparison], task: Task, seed: int) -> dict[str, Any]:
+def figures(
+    features: Sequence[Feature], compared: Sequence[Comparison], task: Task, seed: int, paper: ProbeSettings | None
+) -> dict[str, Any]:
     """Scores of all features with intervals, and what each is above its control, as plain data.
 
-    features: of the files that the task was made of. Intervals are of 95 %, over bootstrap draws of files (of groups,
+    features: of the files that the task was made of. paper: settings of the paper's linear probe; none: without it.
+    Intervals are of 95 %, over bootstrap draws of files (of groups,
     where there are any) that are the same for a feature and its control, so that a difference is of pairs; each draw
     takes one seed of a control, so that luck with weights is in the interval. Readers are not fitted anew in each draw.
     """
     metrics = SEVERAL if task.several else SINGLE
+    readers = READERS if paper else READERS[:2]
     tested = task.tested
     targets, weights = task.targets[tested], draws([task.groups[i] for i in tested.tolist()], DRAWS, seed)
     drawn: dict[tuple[str, str, str], Tensor] = {}
     for feature in features:
-        read_copies = [read(copy[task.kept], feature.scaled, task.targets, task.splits) for copy in feature.copies]
-        for reader in READERS:
+        read_copies = _read(feature, task, seed, paper)
+        for reader in readers:
             for name, metric in metrics.items():
                 each = [metric(scores[reader][tested], targets, weights) for scores in read_copies]
                 drawn[feature.name, reader, name] = _over_copies(torch.stack(each), seed)
@@ -217,15 +222,16 @@ def figures(features: Sequence[Feature], compared: Sequence[Comparison], task: T
             **{name: _interval(drawn[feature.name, reader, name]) for name in metrics},
         }
         for feature in features
-        for reader in READERS
+        for reader in readers
     ]
-    differences = [_compared(comparison, reader, drawn, list(metrics)) for comparison in compared for reader in READERS]
+    differences = [_compared(comparison, reader, drawn, list(metrics)) for comparison in compared for reader in readers]
     main = next(iter(metrics))
     share = targets.double().mean(0)
     chance = float(share.mean()) if task.several else 1 / int((share > 0).sum())
     return {
         "metric": main,
         "chance": chance,
+        "paper": asdict(paper) if paper else None,
         "classes": {name: int(count) for name, count in zip(task.classes, task.targets.sum(0), strict=True)},
         "left_out": task.left_out,
         "files": len(task.kept),
@@ -234,6 +240,16 @@ def figures(features: Sequence[Feature], compared: Sequence[Comparison], task: T
         "scores": scores,
         "comparisons": differences,
     }
+
+
+def _read(feature: Feature, task: Task, seed: int, paper: ProbeSettings | None) -> list[dict[str, Tensor]]:
+    """Scores of each copy by each reader."""
+    copies = [copy[task.kept] for copy in feature.copies]
+    found = [read(copy, feature.scaled, task.targets, task.splits) for copy in copies]
+    if paper:
+        trained = trained_scores(copies, feature.scaled, task.targets, task.splits, paper, seed)
+        found = [scores | {READERS[2]: last} for scores, last in zip(found, trained, strict=True)]
+    return found
 
 
 def _over_copies(values: Tensor, seed: int) -> Tensor:
@@ -256,7 +272,7 @@ def _compared(
     low, high = rows[metrics[0]]["difference"]["interval"]
     word = "above" if low > 0 else "below" if high < 0 else "not told apart from"
     row = {"feature": feature, "control": control, "reader": reader, "word": word, **rows}
-    return row | {"told": comparison.told and reader == READERS[0]}
+    return row | {"told": reader in comparison.told}
 
 
 def _interval(values: Tensor) -> dict[str, Any]:
@@ -273,10 +289,14 @@ def verdicts(found: dict[str, Any]) -> list[str]:
             own, other, difference = (row[metric][key] for key in ("feature", "control", "difference"))
             low, high = difference["interval"]
             lines.append(
-                f"{row['feature']} {row['word']} {row['control']}: {metric.replace('_', ' ')} {spelled(own)} against"
-                f" {other['value']:.3f}; difference {difference['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
+                f"{row['feature']} {row['word']} {row['control']}{_by(row)}: {metric.replace('_', ' ')} {spelled(own)}"
+                f" against {other['value']:.3f}; difference {difference['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
             )
     return lines
+
+
+def _by(row: dict[str, Any]) -> str:
+    return "" if row["reader"] == READERS[0] else f", by the {row['reader']}'s probe"
 
 
 def spelled(figure: dict[str, Any]) -> str:

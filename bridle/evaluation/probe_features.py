@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from bridle.config import DecoderSettings, ModelSettings
 from bridle.evaluation.codebooks import Skipped, Window, Windows
+from bridle.evaluation.probe_scores import READERS
 from bridle.model_folder import BridleModel, patch_shape
 from bridle.modeling.bridle import Components
 from bridle.modeling.tokenizer import Tokenizer
@@ -30,6 +31,8 @@ BATCH = 8
 """Windows per forward pass."""
 GRID = 4
 """Side of the coarse picture in the pixels' statistics."""
+PARTS = {"frequency": 4}
+"""Parts of an axis of the grid that embeddings are pooled over apart, for the regions; 2 of any other."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,11 @@ class Feature:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A feature, the control it should beat, and whether that is one of the claims told in words."""
+    """A feature, the control it should beat, and by which readers that is one of the claims told in words."""
 
     feature: str
     control: str
-    told: bool
+    told: tuple[str, ...] = ()
 
 
 class NumberedWindows(torch.utils.data.IterableDataset[tuple[int, Window | Skipped]]):
@@ -70,10 +73,13 @@ class NumberedWindows(torch.utils.data.IterableDataset[tuple[int, Window | Skipp
 
 @dataclass
 class _Pool:
-    """Sums over a file's content, of one model: float64 ``[2 D]``, float32 ``[M K]`` and float32 ``[d]``."""
+    """Sums over a file's content, of one model. regions: float64 ``[R, D]``, of embeddings by region, and held: int64
+    ``[R]``, positions of each; squares: float64 ``[D]``; counts: float32 ``[M K]``; latents: float32 ``[d]``."""
 
     positions: int = 0
-    sums: Tensor | float = 0.0
+    regions: Tensor | float = 0.0
+    held: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
     counts: Tensor | float = 0.0
     latents: Tensor | float = 0.0
 
@@ -181,11 +187,30 @@ def _add(model: BridleModel, values: Tensor, positions: list[int], pools: list[_
     shift = quantizer.codebook_size * torch.arange(quantizer.codebooks)
     for count, embedded, coded, pool in zip(positions, embeddings, codes, pools, strict=True):
         content, kept = embedded[:count].double(), coded[:count]
+        region, regions = regions_of(model.modality.grid, count)
         pool.positions += count
-        pool.sums = pool.sums + torch.cat([content.sum(0), content.square().sum(0)])
+        pool.regions = pool.regions + torch.zeros(regions, content.shape[1]).double().index_add(0, region, content)
+        pool.held = pool.held + torch.bincount(region, minlength=regions)
+        pool.squares = pool.squares + content.square().sum(0)
         histogram = torch.bincount((kept + shift).flatten(), minlength=quantizer.codebooks * quantizer.codebook_size)
         pool.counts = pool.counts + histogram.float()
         pool.latents = pool.latents + model.dequantize(kept).cpu().sum(0)
+
+
+def regions_of(grid: Mapping[str, int], positions: int) -> tuple[Tensor, int]:
+    """The region, int64 ``[positions]``, of each position of content, and how many regions there are.
+
+    Regions are blocks of a coarse grid (`PARTS`) over the content: a short clip's steps in time are shared out, too.
+    """
+    outermost = next(iter(grid))
+    steps = -(-positions // math.prod(size for axis, size in grid.items() if axis != outermost))
+    region, regions = torch.zeros((), dtype=torch.int64), 1
+    for axis, size in grid.items():
+        length = steps if axis == outermost else size
+        parts = min(PARTS.get(axis, 2), size)
+        region = region[..., None] * parts + torch.arange(length) * parts // length
+        regions *= parts
+    return region.flatten()[:positions], regions
 
 
 def _statistics(model: BridleModel, window: Window) -> Tensor:
@@ -227,14 +252,19 @@ def _of(copies: list[list[_Pool]], model: BridleModel, encoder: str, codes: str,
     found: dict[str, Feature] = {}
     for pools in copies:
         count = torch.tensor([[float(pool.positions)] for pool in pools])
-        moments = torch.stack([torch.as_tensor(pool.sums) for pool in pools]) / count
-        mean, square = moments.chunk(2, dim=1)
+        regions = torch.stack([torch.as_tensor(pool.regions) for pool in pools])
+        held = torch.stack([torch.as_tensor(pool.held) for pool in pools]).unsqueeze(-1)
+        mean = regions.sum(1) / count
+        square = torch.stack([torch.as_tensor(pool.squares) for pool in pools]) / count
+        # A region is empty where all of a file is shorter than its grid: then it has the file's mean.
+        regions = torch.where(held > 0, regions / held.clamp(min=1), mean.unsqueeze(1))
         deviation = (square - mean.square()).clamp(min=0).sqrt()
         # Square roots: the distance of two histograms is Hellinger's.
         shares = (torch.stack([torch.as_tensor(pool.counts) for pool in pools]) / count).sqrt()
         each = [
             Feature(f"{encoder} (mean)", [mean.float()]),
             Feature(f"{encoder} (mean+std)", [torch.cat([mean, deviation], dim=1).float()]),
+            Feature(f"{encoder} (regions)", [regions.flatten(1).float()]),
             *(Feature(f"{codes} (depth {m})", [shares[:, : m * size]], scaled=False) for m in range(1, stages + 1)),
             Feature(f"{latents} (mean)", [torch.stack([torch.as_tensor(pool.latents) for pool in pools]) / count]),
         ]
@@ -248,12 +278,18 @@ def _of(copies: list[list[_Pool]], model: BridleModel, encoder: str, codes: str,
 def comparisons(model: BridleModel) -> list[Comparison]:
     """Each feature of the model with its counterpart, and the best of each kind with the values' statistics."""
     stages, values = model.config.quantizer.codebooks, statistics_name(model)
+    linear, paper = READERS[:1], READERS[2:]
     return [
-        Comparison("encoder (mean)", "random weights (mean)", False),
-        Comparison("encoder (mean+std)", "random weights (mean+std)", True),
-        Comparison("encoder (mean+std)", values, True),
-        *(Comparison(f"codes (depth {m})", f"cold start codes (depth {m})", m == stages) for m in range(1, stages + 1)),
-        Comparison(f"codes (depth {stages})", values, True),
-        Comparison("latents (mean)", "cold start latents (mean)", True),
-        Comparison("latents (mean)", values, False),
+        Comparison("encoder (mean)", "random weights (mean)", paper),
+        Comparison("encoder (mean+std)", "random weights (mean+std)", linear),
+        Comparison("encoder (mean+std)", values, linear),
+        Comparison("encoder (regions)", "random weights (regions)", linear),
+        Comparison("encoder (regions)", values),
+        *(
+            Comparison(f"codes (depth {m})", f"cold start codes (depth {m})", linear if m == stages else ())
+            for m in range(1, stages + 1)
+        ),
+        Comparison(f"codes (depth {stages})", values, linear),
+        Comparison("latents (mean)", "cold start latents (mean)", linear),
+        Comparison("latents (mean)", values),
     ]

@@ -23,8 +23,9 @@ def probe_page(found: Mapping[str, Any]) -> str:
         _facts(found),
         "<h2>Scores</h2>",
         f'<p class="quiet">{escape(metric)} with 95 % intervals over {found["tested"]} tested files; guessing scores'
-        f" {found['chance']:.3f}. A control's score is the mean over its seeds; its interval spans them.</p>",
-        html_table(("feature", "numbers", *READERS), _score_rows(found)),
+        f" {found['chance']:.3f}. A control's score is the mean over its seeds; its interval spans them."
+        f"{_paper(found)}</p>",
+        html_table(("feature", "numbers", *readers_of(found)), _score_rows(found)),
         "<h2>Above the controls</h2>",
         '<p class="quiet">Differences of pairs: both scored on the same draws of files.</p>',
         html_table(("feature", "control", "reader", "difference"), _pair_rows(found)),
@@ -36,6 +37,22 @@ def probe_page(found: Mapping[str, Any]) -> str:
         f"<title>{escape(model['name'])} · BRIDLE probe</title>\n<style>\n{CSS}\n</style>\n</head>\n<body>\n"
         + "\n".join(part for part in parts if part)
         + "\n</body>\n</html>\n"
+    )
+
+
+def readers_of(found: Mapping[str, Any]) -> list[str]:
+    """The readers that scored the features, in the order of `READERS`."""
+    names = {score["reader"] for score in found["scores"]}
+    return [reader for reader in READERS if reader in names]
+
+
+def _paper(found: Mapping[str, Any]) -> str:
+    settings = found.get("paper")  # older files have none
+    if not settings:
+        return ""
+    return (
+        f" “paper” is the paper's linear probe: AdamW at {settings['lr']:g} for {settings['epochs']} epochs of batches"
+        f" of {settings['batch']}."
     )
 
 

@@ -96,17 +96,17 @@ def neighbour_scores(train: Tensor, targets: Tensor, test: Tensor) -> Tensor:
     return (votes[:, :, None] * targets[near.indices]).sum(1)
 
 
-READERS = ("linear", "k-NN")
-"""What reads the features: `linear_scores` and `neighbour_scores`."""
+READERS = ("linear", "k-NN", "paper")
+"""What reads the features: `linear_scores`, `neighbour_scores`, and the paper's linear probe (`linear_probe`)."""
 
 
 def read(feature: Tensor, scaled: bool, targets: Tensor, splits: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Scores float64 ``[n, C]`` of each reader, for the files that a split tests; the others' are 0.
+    """Scores float64 ``[n, C]`` of the first two readers, for the files that a split tests; the others' are 0.
 
     feature: ``[n, D]``; splits: indices of files to learn from and to test.
     """
     balanced = bool((targets.sum(1) == 1).all())
-    found = {reader: torch.zeros(targets.shape, dtype=torch.float64) for reader in READERS}
+    found = {reader: torch.zeros(targets.shape, dtype=torch.float64) for reader in READERS[:2]}
     for learn, test in splits:
         known, asked = standardised(feature[learn].double(), feature[test].double(), scaled)
         found["linear"][test] = linear_scores(known, targets[learn], asked, balanced)

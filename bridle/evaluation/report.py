@@ -142,12 +142,13 @@ def _probe(run: RunFolder) -> str:
     found = probe_figures(run.path)
     if not found:
         return ""
-    rows = [(name, *(scores.get(reader, "") for reader in READERS)) for name, scores in found["scores"].items()]
+    readers = [reader for reader in READERS if any(reader in scores for scores in found["scores"].values())]
+    rows = [(name, *(scores.get(reader, "") for reader in readers)) for name, scores in found["scores"].items()]
     return (
         "<h2>Probe of labels</h2>"
         f'<p class="quiet">{escape(found["about"])}; model {escape(found["sha256"][:12])}.</p>'
         + "".join(f"<p>{escape(line)}.</p>" for line in found["verdicts"])
-        + html_table(("feature", *READERS), rows)
+        + html_table(("feature", *readers), rows)
     )
 
 

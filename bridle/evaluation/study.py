@@ -17,8 +17,10 @@ from torch import Tensor
 
 from bridle.config import ColdStartPhase, Recipe
 from bridle.evaluation.codebooks import CodebookUsage, code_usage_rate, effective_code_usage
+from bridle.evaluation.linear_probe import ProbeSettings
 from bridle.evaluation.probe import Task, figures
 from bridle.evaluation.probe_features import Comparison, Feature
+from bridle.evaluation.probe_scores import READERS
 from bridle.files import whole_file
 
 ARMS = {"vq": "(VQ)", "rq-uniform": "(uniform)", "rq-kmeans": "(k-means)"}
@@ -84,7 +86,11 @@ class Measured:
 
 
 def probe_rows(
-    measured: Mapping[tuple[str, int], Sequence[Measured]], controls: Sequence[Feature], task: Task, seed: int
+    measured: Mapping[tuple[str, int], Sequence[Measured]],
+    controls: Sequence[Feature],
+    task: Task,
+    seed: int,
+    paper: ProbeSettings,
 ) -> dict[str, Any]:
     """Scores of each arm and iteration over its seeds, beside random weights, as `bridle.evaluation.probe.figures`.
 
@@ -97,9 +103,10 @@ def probe_rows(
     for iteration in (1, 2):
         pairs += [(("rq-kmeans", iteration), (other, iteration)) for other in ("vq", "rq-uniform")]
     pairs += [((arm, 2), (arm, 1)) for arm in ARMS]
-    compared = [Comparison(row_name(*a), row_name(*b), True) for a, b in pairs if a in measured and b in measured]
-    compared += [Comparison(row_name(*key), RANDOM, True) for key in measured]
-    return figures([*features, random], compared, task, seed)
+    told = READERS[:1]
+    compared = [Comparison(row_name(*a), row_name(*b), told) for a, b in pairs if a in measured and b in measured]
+    compared += [Comparison(row_name(*key), RANDOM, told) for key in measured]
+    return figures([*features, random], compared, task, seed, paper)
 
 
 def row_name(arm: str, iteration: int) -> str:

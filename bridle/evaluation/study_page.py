@@ -19,11 +19,11 @@ NAMES = {
 }  # fmt: skip
 
 
-def score_table(found: Mapping[str, Any]) -> list[Sequence[str]]:
-    """Head and rows as Tables 2 to 4: a row an arm and iteration, the linear probe's scores with intervals."""
+def score_table(found: Mapping[str, Any], reader: str) -> list[Sequence[str]]:
+    """Head and rows as Tables 2 to 4: a row an arm and iteration, a linear probe's scores with intervals."""
     metrics = [name for name in NAMES if name in found["probe"]["scores"][0]]
-    head = ("Model", *(f"LP {NAMES[name]}" for name in metrics))
-    linear = [score for score in found["probe"]["scores"] if score["reader"] == READERS[0]]
+    head = (f"Model (probe: {reader})", *(f"LP {NAMES[name]}" for name in metrics))
+    linear = [score for score in found["probe"]["scores"] if score["reader"] == reader]
     return [head, *((score["feature"], *(spelled(score[name]) for name in metrics)) for score in linear)]
 
 
@@ -46,7 +46,7 @@ def as_text(rows: Sequence[Sequence[str]]) -> str:
 def study_page(found: Mapping[str, Any], pictures: Iterable[tuple[str, bytes]]) -> str:
     """The page. found: what `bridle study` writes as JSON; pictures: title and PNG of each figure."""
     probe = found["probe"]
-    score_head, *scores = score_table(found)
+    tables = [score_table(found, reader) for reader in (READERS[0], READERS[2])]
     usage_head, *usage = usage_table(found)
     parts = [
         "<h1>VQ against RQ</h1>",
@@ -55,8 +55,9 @@ def study_page(found: Mapping[str, Any], pictures: Iterable[tuple[str, bytes]]) 
         f" scores {probe['chance']:.3f}.</p>",
         *(f"<p>{escape(line)}.</p>" for line in verdicts(probe)),
         "<h2>Linear probes (as Tables 2 to 4)</h2>",
-        '<p class="quiet">Means over the seeds; 95 % intervals span them and the tested files.</p>',
-        html_table(score_head, scores),
+        '<p class="quiet">Means over the seeds; 95 % intervals span them and the tested files. “linear” is ridge'
+        " regression in closed form, “paper” the paper's probe (AdamW).</p>",
+        *(html_table(head, rows) for head, *rows in tables),
         "<h2>Use of the codebooks (as Table 6)</h2>",
         '<p class="quiet">CUR by Eq. 29, ECU by Eq. 31: 1 is best (the paper prints another quantity). iter1 is'
         " the random projection's tokenizer, iter2 the learned one. Means over the seeds, least and greatest.</p>",

@@ -108,7 +108,7 @@ def test_the_card_has_the_runs_figures_and_the_probe_that_lies_beside_it(
     cells = [last["accuracy"][1], last["position_accuracy"][1], last["codebook_majority"][1]]
     cells += [last["codebook_usage"][1], ecu, last["codebook_perplexity"][1]]
     assert "| 2 | " + " | ".join(f"{cell:.4g}" for cell in cells) + " |" in card
-    assert "| feature | linear | k-NN |" in card and all(f"- {claim}" in card for claim in claims)
+    assert "| feature | linear | k-NN | paper |" in card and all(f"- {claim}" in card for claim in claims)
     assert main(["export", str(run), str(target), "--iteration", "1"]) == 0  # other weights than those probed
     card = (target / "README.md").read_text()
     assert "by position alone" in card and "Probes" not in card

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridle.cli import main
+from bridle.evaluation.linear_probe import ProbeSettings
 from bridle.evaluation.probe import Labelled, figures, make_task, verdicts
 from bridle.evaluation.probe_features import Comparison, Feature
 from bridle.evaluation.probe_scores import (
@@ -127,6 +128,9 @@ def test_draws_take_or_leave_a_group_as_a_whole() -> None:
     assert (drawn[1:, [0, 1, 3]].sum(1) == 3).all()
 
 
+SOME = ProbeSettings(4e-2, 50, 256)
+
+
 def _planted(shuffled: bool) -> dict[str, dict[str, float]]:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 30)
@@ -135,8 +139,8 @@ def _planted(shuffled: bool) -> dict[str, dict[str, float]]:
     named = rng.permutation(labels) if shuffled else labels
     files = [Labelled(i, (str(label),), str(i)) for i, label in enumerate(named)]
     features = [Feature("signal", [torch.from_numpy(signal)]), Feature("noise", [torch.from_numpy(noise)] * 2)]
-    found = figures(features, [Comparison("signal", "noise", True)], make_task(files, None, 5, 0), 0)
-    assert found["chance"] == 0.25 and len(found["scores"]) == 4
+    found = figures(features, [Comparison("signal", "noise", ("linear",))], make_task(files, None, 5, 0), 0, SOME)
+    assert found["chance"] == 0.25 and len(found["scores"]) == 6
     return {f"{row['reader']} of {row['feature']}": row["balanced_accuracy"] for row in found["scores"]} | {
         "word": found["comparisons"][0]["word"], "verdict": verdicts(found)[0]
     }  # fmt: skip
@@ -144,7 +148,7 @@ def _planted(shuffled: bool) -> dict[str, dict[str, float]]:
 
 def test_planted_features_are_found_and_told_apart_from_noise() -> None:
     found = _planted(shuffled=False)
-    for reader in ("linear", "k-NN"):
+    for reader in ("linear", "k-NN", "paper"):
         assert found[f"{reader} of signal"]["interval"][0] > 0.5  # type: ignore[operator]
         low, high = found[f"{reader} of noise"]["interval"]  # type: ignore[misc]
         assert low < 0.25 < high
@@ -154,7 +158,7 @@ def test_planted_features_are_found_and_told_apart_from_noise() -> None:
 
 def test_with_shuffled_labels_the_interval_contains_chance_and_nothing_is_claimed() -> None:
     found = _planted(shuffled=True)
-    for reader in ("linear", "k-NN"):
+    for reader in ("linear", "k-NN", "paper"):
         low, high = found[f"{reader} of signal"]["interval"]  # type: ignore[misc]
         assert low < 0.25 < high
     assert found["word"] == "not told apart from"
@@ -167,8 +171,8 @@ def test_a_model_that_is_one_lucky_draw_of_random_weights_is_not_said_to_be_abov
     centres = np.eye(4)[labels] @ rng.normal(size=(4, 8))
     made = [torch.from_numpy(k * centres + rng.normal(size=(200, 8))) for k in (0.2, 0.3, 0.4, 0.6, 0.7)]
     features = [Feature("one", made[3:4]), Feature("all", made), Feature("worst", made[:1])]
-    compared = [Comparison("one", "all", True), Comparison("one", "worst", True)]
-    rows = figures(features, compared, make_task(files, None, 5, 0), 0)["comparisons"]
+    compared = [Comparison("one", "all"), Comparison("one", "worst")]
+    rows = figures(features, compared, make_task(files, None, 5, 0), 0, None)["comparisons"]
     words = {row["control"]: row["word"] for row in rows if row["reader"] == "linear"}
     assert words == {"all": "not told apart from", "worst": "above"}
 
@@ -202,6 +206,8 @@ def test_pitches_are_told_from_codes_and_a_group_stays_together(
         assert line in told.out
     page = (tmp_path / "first" / "probe.html").read_text()
     assert all(name in page for name in names) and "http" not in page.replace("http-equiv", "")
+    assert scores["encoder (regions)", "paper"] >= 0.9 and found["paper"] == {"lr": 0.04, "epochs": 400, "batch": 256}
+    assert "encoder (mean) not told apart from random weights (mean), by the paper's probe: balanced accuracy" in told.out
     again = _probed(tmp_path / "again", *given, "--workers", "2")
     assert again == found
 
@@ -216,7 +222,7 @@ def test_the_sample_is_probed_with_other_shards_to_test_on(
     test = _probed(tmp_path, str(model_folder), str(two_pitches), "--labels", "cls", "--test", str(copy))
     assert test["files"] == 24 and test["tested"] == 12 and test["folds"] is None
     best = [row["accuracy"]["value"] for row in test["scores"] if row["feature"] == "log-mel statistics"]
-    assert best == [1.0, 1.0]
+    assert best == [1.0, 1.0, 1.0]
 
 
 def test_several_labels_a_file_are_scored_by_average_precision(
@@ -232,10 +238,12 @@ def test_several_labels_a_file_are_scored_by_average_precision(
 def test_pictures_are_probed_beside_pixel_statistics(tmp_path: Path) -> None:
     model = write_random_model(tmp_path / "image", modality="image", clip={"size": [32, 32]},
                                data={"shards": ["builtin:image"], "workers": 0})  # fmt: skip
-    found = _probed(tmp_path / "out", str(model), "builtin:image-heldout", "--labels", "json", "--folds", "2")
+    found = _probed(tmp_path / "out", str(model), "builtin:image-heldout", "--labels", "json", "--folds", "2", "--fast")
     widths = {row["feature"]: row["columns"] for row in found["scores"]}
     assert widths["pixel statistics"] == 3 + 3 + 3 * 4 * 4
     assert widths["encoder (mean+std)"] == 2 * widths["random weights (mean)"]
+    assert widths["encoder (regions)"] == 2 * 2 * widths["random weights (mean)"]
+    assert {row["reader"] for row in found["scores"]} == {"linear", "k-NN"} and found["paper"] is None
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_page_shows_what_a_probe_of_the_run_has_found(tiny_run: Path, tmp_path: 
     task = make_task([Labelled(i, ("dog" if i % 2 else "cat",), str(i)) for i in range(20)], None, 5, 0)
     told = torch.arange(20)[:, None] % 2 + torch.zeros(20, 3)
     features = [Feature("encoder (mean)", [told]), Feature("random weights (mean)", [torch.zeros(20, 3)])]
-    found = figures(features, [Comparison(features[0].name, features[1].name, True)], task, 0)
+    found = figures(features, [Comparison(features[0].name, features[1].name, ("linear",))], task, 0, None)
     found |= {"model": {"sha256": "0123456789abcdef"}, "shards": ["s.tar"], "labels": "cls"}
     (run / "probe.json").write_text(json.dumps(found))
     assert main(["report", str(run)]) == 0
