@@ -207,7 +207,7 @@ def test_pitches_are_told_from_codes_and_a_group_stays_together(
     page = (tmp_path / "first" / "probe.html").read_text()
     assert all(name in page for name in names) and "http" not in page.replace("http-equiv", "")
     assert scores["encoder (regions)", "paper"] >= 0.9 and found["paper"] == {"lr": 0.04, "epochs": 400, "batch": 256}
-    assert "encoder (mean) not told apart from random weights (mean), by the paper's probe: balanced accuracy" in told.out
+    assert "encoder (mean) not told apart from random weights (mean), by the paper's probe: balanced" in told.out
     again = _probed(tmp_path / "again", *given, "--workers", "2")
     assert again == found
 
