@@ -48,7 +48,7 @@ _USE = """```python
 import bridle
 
 model = bridle.load("path/to/this/folder")  # or "owner/name", with revision="…"
-stream = model.tokenize("file")   # stream.codes: [positions, codebooks]
+stream = model.tokenize("file")  # stream.codes: [positions, codebooks]
 ```
 
 `import bridle.hf` makes `transformers.AutoModel.from_pretrained` load it as well."""
