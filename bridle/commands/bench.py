@@ -106,6 +106,8 @@ def _table(found: Figures) -> str:
         ("memory", f"{found.memory / 2**30:.2f} GiB"),
         ("padding", f"{100 * found.padding:.1f}% of positions"),
     ]  # fmt: skip
+    if found.busy is not None:
+        rows.append(("GPU computes", f"{100 * found.busy:.0f}% of the step, by its profile"))
     if found.reference is not None:
         ratio = found.share / found.reference
         rows.append(("ViTMAE", f"{found.reference:.2f} of the best product; this step reaches {ratio:.2f} times that"))

@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bridle.data.stream import MicroBatch
@@ -34,7 +35,8 @@ class Figures:
     parts: share of a step. share: achieved FLOP/s over the best product's in the same rounds; mfu: over the stated
     rate, none where none is known. memory: bytes, the most so far: on CUDA allocated by torch on the device, else
     resident of the process. padding: share of positions. reference: ViTMAE's share, none where it did not run.
-    kernels: name and share of the time, of the device's where there is one.
+    busy: share of a step in which a GPU computes; the rest it waits for the host; none on CPUs, and where no profile
+    was taken. kernels: name and share of the time, of the device's where there is one.
     """
 
     phase: str
@@ -50,6 +52,7 @@ class Figures:
     memory: int
     padding: float
     reference: float | None = None
+    busy: float | None = None
     kernels: list[tuple[str, float]] = field(default_factory=list)
 
 
@@ -130,7 +133,7 @@ def bench_phase(bench: Workbench, index: int, rounds: int, steps: int, reference
             rates[2].append(vit_mae.flops / seconds(vit_mae, ranks.device))
     best, achieved = (statistics.median(found) for found in rates[:2])
     stated = stated_rate(ranks.device, bench.bf16)
-    table = _kernels(ours) if kernels else []
+    table, computing = _kernels(ours) if kernels else ([], 0.0)
     figures = Figures(
         phase=f"{index} {bench.recipe.phases[index].kind}",
         micro_batch=micro,
@@ -145,20 +148,23 @@ def bench_phase(bench: Workbench, index: int, rounds: int, steps: int, reference
         memory=memory,
         padding=ours.padded / (ours.positions * bench.flops.positions),
         reference=statistics.median(rates[2]) / best if rates[2] else None,
+        busy=computing * achieved / (flops * clips) if kernels and ranks.device.type == "cuda" else None,
         kernels=table,
     )
     ours.close()
     return figures
 
 
-def _kernels(step: Steps) -> list[tuple[str, float]]:
-    """The ten that take most of the time of one step, by their own time."""
+def _kernels(step: Steps) -> tuple[list[tuple[str, float]], float]:
+    """The ten that take most of the time of one step, by their own time, and the seconds of all."""
     on_cuda = step.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_cuda else [])
-    with profile(activities=activities) as found:
+    with profile(activities=activities, acc_events=True) as found:
         seconds(step, step.device)
+    # An operation and the kernels that it starts both say that they took the device's time: only kernels count.
     own = "self_device_time_total" if on_cuda else "self_cpu_time_total"
-    spent = {event.key: float(getattr(event, own)) for event in found.key_averages()}
+    where = DeviceType.CUDA if on_cuda else DeviceType.CPU
+    spent = {event.key: float(getattr(event, own)) for event in found.key_averages() if event.device_type == where}
     total = sum(spent.values()) or 1.0
     ranked = sorted(spent.items(), key=lambda item: -item[1])[:KERNELS]
-    return [(name, took / total) for name, took in ranked]
+    return [(name, took / total) for name, took in ranked], total / 1e6

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 _CHUNK = 8192  # rows per distance matrix on a CPU: bounds memory, and keeps a stage's working set near the cache
 _LARGEST = 2**28  # numbers in a distance matrix on a GPU, 1 GiB: fewer and larger kernels are faster there
@@ -113,13 +112,23 @@ def nearest(points: Tensor, codebook: Codebook) -> Tensor:
 def cluster_sums(points: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Eq. 9: how many points took each code, float32 ``[size]``, and their sums, float32 ``[size, d]``.
 
-    Points are added in their order within each cluster, so the result is the same every time on any device, and nothing
-    waits for the device. On a CPU ``index_add_`` does so, up to twice as fast as sorting; CUDA's has no order.
+    The result is the same every time on one device, and nothing waits for it. On a CPU ``index_add_`` adds points in
+    their order; CUDA's has no order, so there the sums are a product.
     """
     if points.device.type == "cpu":
         counts = points.new_zeros(size).index_add_(0, codes, points.new_ones(len(codes)))
         return counts, points.new_zeros(size, points.shape[1]).index_add_(0, codes, points)
-    ordered, order = codes.sort(stable=True)
-    bounds = torch.searchsorted(ordered, torch.arange(size + 1, device=codes.device))
-    sums = functional.embedding_bag(order, points, bounds[:-1], mode="sum")
-    return bounds.diff().float(), sums
+    return sums_by_product(points, codes, size)
+
+
+def sums_by_product(points: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """`cluster_sums` as a product with one row of zeros and a one for each point: for devices that multiply faster
+    than they sort or scatter. A point that is not finite spoils all sums, and not its own alone."""
+    every, at_once = torch.arange(size, device=codes.device), rows_at_once(points.device, size)
+    counts, sums = points.new_zeros(size), points.new_zeros(size, points.shape[1])
+    with full_float32(points.device):
+        for some, chosen in zip(points.split(at_once), codes.split(at_once), strict=True):
+            shares = (chosen[:, None] == every).to(points.dtype)
+            counts.add_(shares.sum(0))
+            sums.addmm_(shares.t(), some)
+    return counts, sums

@@ -30,7 +30,7 @@ def stated_rate(device: torch.device, bf16: bool) -> float | None:
     found = next((rates for known, rates in STATED.items() if known in name), None)
     if found is None:
         return None
-    plain = 1 if torch.get_float32_matmul_precision() != "highest" else 2
+    plain = 1 if torch.backends.cuda.matmul.fp32_precision == "tf32" else 2
     return found[0 if bf16 else plain]
 
 
