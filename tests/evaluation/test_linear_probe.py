@@ -11,12 +11,14 @@ from evaluation_inputs import tone, write_tar
 
 import bridle
 from bridle.data.shards import open_shards
+from bridle.evaluation import linear_probe
 from bridle.evaluation.codebooks import Windows
 from bridle.evaluation.linear_probe import ProbeSettings, learning_rate, paper_settings, trained_scores
 from bridle.evaluation.probe_features import NumberedWindows, pooled, regions_of
 
 
 def test_settings_are_those_of_table_5() -> None:
+    assert linear_probe.WEIGHT_DECAY == 1e-4
     assert paper_settings("audio", 20_000) == ProbeSettings(lr=4e-2, epochs=400, batch=256)
     assert paper_settings("audio", 1_900_000) == ProbeSettings(lr=4e-3, epochs=250, batch=256)
     assert paper_settings("image", 1_281_167) == ProbeSettings(lr=2e-3, epochs=300, batch=1024)
@@ -30,7 +32,8 @@ def test_the_rate_climbs_for_a_ninth_of_the_steps_and_falls_to_nothing_without_a
     assert np.abs(np.diff(rates)).max() <= 0.1 + 1e-9
 
 
-def test_it_is_a_plain_loop_of_adamw_over_standardised_features() -> None:
+def test_it_is_a_plain_loop_of_adamw_over_standardised_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_probe, "WEIGHT_DECAY", 0.1)  # as much as shows in so few steps
     rng = torch.Generator().manual_seed(0)
     x, labels = 3 + 2 * torch.randn(40, 6, generator=rng), torch.randint(3, (40,), generator=rng)
     learn, test = torch.arange(30), torch.arange(30, 40)
@@ -43,7 +46,7 @@ def test_it_is_a_plain_loop_of_adamw_over_standardised_features() -> None:
     first = torch.nn.init.trunc_normal_(torch.empty(6, 3), std=0.01, generator=torch.Generator().manual_seed(4))
     layer.weight.data.copy_(first.T)
     torch.nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=0.1)
     for step in range(60):
         loss = torch.nn.BCEWithLogitsLoss()(layer(known[learn]), targets[learn].float())
         optimizer.zero_grad()

@@ -23,6 +23,8 @@ PHASES = [
     {"kind": "encoder", "init": "continue", "soft_codes": 2, **STILL},
     {"kind": "tokenizer", "init": "scratch", **STILL},
     {"kind": "encoder", "init": "scratch", **STILL},
+    {"kind": "joint", "init": "continue", **STILL},
+    {"kind": "joint", "init": "scratch", **STILL},
 ]
 
 
@@ -55,6 +57,15 @@ def test_a_tokenizer_starts_from_its_teacher_or_afresh(run):
     teacher = finished(run, "1-encoder", "encoder")
     assert apart(teacher, finished(run, "2-tokenizer", "tokenizer"), "encoder.") < 1e-6
     assert apart(teacher, finished(run, "4-tokenizer", "tokenizer"), "encoder.") > 0.01
+
+
+def test_a_joint_phase_continues_both_halves_or_starts_afresh(run):
+    encoder, tokenizer = finished(run, "5-encoder", "encoder"), finished(run, "4-tokenizer", "tokenizer")
+    head = {name: value for name, value in tokenizer.items() if not name.startswith("quantizer.")}
+    assert apart(encoder, finished(run, "6-joint", "encoder")) < 1e-6
+    assert apart(head, finished(run, "6-joint", "tokenizer")) < 1e-6
+    assert apart(encoder, finished(run, "7-joint", "encoder")) > 0.01
+    assert apart(head, finished(run, "7-joint", "tokenizer")) > 0.01
 
 
 def test_a_standardised_target_has_the_teachers_mean_and_deviation_over_the_first_batches(run):
