@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import resource
 import signal
 import socket
@@ -12,6 +13,7 @@ import sys
 import uvicorn
 
 from bridle.processes.confinement import STOPS
+from bridle.processes.memory import keep_large_blocks_apart
 from bridle.settings import RecipeError
 from serving.logs import log, take_over_logging
 from serving.settings import ServeSettings
@@ -35,6 +37,7 @@ def serve(settings: ServeSettings, siblings: Siblings | None = None) -> int:
         ValueError, OSError, RuntimeError: wrong settings, a model that does not start, a port that is taken.
     """
     take_over_logging(settings.log_level)
+    keep_large_blocks_apart()
     most = _allow_files(settings.max_connections + SPARE_FILES) - SPARE_FILES
     service = Service(settings, siblings)
     listener = None if siblings is not None and siblings.replaces else _listen(settings, shared=siblings is not None)
@@ -83,6 +86,8 @@ async def _serve(service: Service, listener: socket.socket | None, connections: 
         await asyncio.wait({stop, listening, starting}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             await starting  # a model that does not start ends the service with its error
+            gc.collect()
+            gc.freeze()  # else each full collection looks through all that was imported, and holds the loop for 20 ms
             if service.all_started:
                 log("info", "ready", host=host, port=port)
             await asyncio.wait({stop, listening}, return_when=asyncio.FIRST_COMPLETED)

@@ -3,11 +3,14 @@ last holder. It travels as a descriptor over a socket."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import mmap
 import os
 import socket
 
 Shared = mmap.mmap
+_M_MMAP_THRESHOLD = -3
 
 
 def create(name: str, size: int) -> int:
@@ -33,3 +36,10 @@ def take_over(sock: socket.socket) -> Shared:
     memory = view(descriptor)
     os.close(descriptor)
     return memory
+
+
+def keep_large_blocks_apart(size: int = 1 << 20) -> None:
+    """Has glibc give each block of `size` bytes or more pages of its own. Else it puts those of up to 32 MB among the
+    small ones once it has seen some, and a buffer that grows is copied (20 ms), where its pages could be moved."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, size)

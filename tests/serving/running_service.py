@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ START_SECONDS = 120.0
 class Server:
     """A running service, its log and its processes."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path, models: tuple[Path, ...]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, out: Path, models: tuple[Path, ...]) -> None:
         self.process = process
         self.models = models
+        self.out = out
         self._log = log
         self.url = ""
 
@@ -81,16 +82,22 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    folder: Path, *models: Path, wait: bool = True, env: dict[str, str] | None = None, **flags: Any
+    folder: Path,
+    *models: Path,
+    wait: bool = True,
+    env: dict[str, str] | None = None,
+    program: Sequence[str] = ("-m", "bridle.cli"),
+    **flags: Any,
 ) -> Iterator[Server]:
-    """`bridle serve` on a free port."""
+    """`bridle serve` on a free port. program: what Python runs; its standard output is kept in `out`."""
     log = folder / f"serve-{time.monotonic_ns()}.log"
     settings = {"port": 0, "device": "cpu", "decode_workers": 2, "threads": 1, "lame_duck_seconds": 0, **flags}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "bridle.cli", "serve", *map(str, models), *words]
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stderr=file, env={**os.environ, **(env or {})}, cwd=folder)
-    server = Server(process, log, models)
+    command = [sys.executable, *program, "serve", *map(str, models), *words]
+    out = log.with_suffix(".out")
+    with log.open("wb") as file, out.open("wb") as told:
+        process = subprocess.Popen(command, stderr=file, stdout=told, env={**os.environ, **(env or {})}, cwd=folder)
+    server = Server(process, log, out, models)
     try:
         if wait:
             server.wait_until_ready()

@@ -65,7 +65,8 @@ async def dequantize(
     body = await service.uploads.body(request, places, deadline, limit)
     places.take_files(1)
     read = partial(_clips, body, sent, model, service.settings)
-    rows = read() if len(body) < SMALL else await asyncio.to_thread(read)
+    small = sent == JSON and len(body) < SMALL  # an NPZ of any size may unfold to much
+    rows = read() if small else await asyncio.to_thread(read)
     dim = model.model_config.quantizer.dim
     numbers = sum(len(codes) for codes in rows) * dim
     places.take_bytes(4 * numbers)  # a small body may unfold to a large answer
@@ -161,9 +162,11 @@ def _from_json(body: bytearray, model: Deployment, settings: ServeSettings) -> l
         if body.count(b"{") != body.count(b"}"):
             raise ProblemError("malformed", "the body is not JSON: its braces do not match")
         raise ProblemError("too-large", f"more than max_clips = {settings.max_clips} clips; send several requests")
+    if body.count(b"[") > most_lists:
+        if body.count(b"[") != body.count(b"]"):
+            raise ProblemError("malformed", "the body is not JSON: its brackets do not match")
+        raise ProblemError("wrong-parameter", f"the body: more lists than {most_lists}, for clips and their codebooks")
     try:
-        if body.count(b"[") > most_lists:
-            raise msgspec.ValidationError(f"more lists than {most_lists}, for clips and their codebooks")
         found = _decode(body)
     except msgspec.ValidationError as error:
         raise _wrong_json(body, error) from None
