@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from timm.layers import Mlp
-from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
-from timm.models.vision_transformer import Attention, Block
+from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from bridle.config import TransformerSettings
@@ -60,11 +59,11 @@ def compile_blocks(module: nn.Module, backend: Any = "inductor") -> None:
 
 
 class TransformerBlocks(Blocks):
-    """Pre-norm blocks with full attention (timm's, on fused kernels): ``[B, N, D]`` to ``[B, N, D]``."""
+    """Pre-norm blocks with full attention (timm's, on scaled_dot_product_attention): ``[B, N, D]`` to ``[B, N, D]``."""
 
     def __init__(self, width: int, depth: int, heads: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True, attn_layer=_Attention) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
 
     def forward(
         self,
@@ -74,56 +73,17 @@ class TransformerBlocks(Blocks):
         branches: Tensor | None = None,
     ) -> Tensor:
         """Without `content`, bool ``[B, N]``, all tokens are attended to, and attention stays fused without a mask.
-        Content comes first in each clip, and the rest behind it.
 
         `grid` is not needed here; it is what makes these blocks and the others interchangeable. branches: float32
         ``[B, depth, 2]``, factors of each block's attention and perceptron; none: 1.
         """
-        mask = None
-        if content is not None:
-            mask = sequences(content) if _takes_sequences(tokens) else content[:, None, None, :]
+        mask = None if content is None else content[:, None, None, :]
         for i, block in enumerate(self.blocks):
             if branches is None:
                 tokens = self.through(block, tokens, attn_mask=mask)
             else:
                 tokens = self.through(partial(_weighted, block), tokens, mask, branches[:, i].to(tokens))
         return tokens
-
-
-class _Attention(Attention):
-    """timm's, which takes bounds of sequences, too (see `sequences`), in place of a mask."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if attn_mask is None or attn_mask.dtype != torch.int32:
-            found: Tensor = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-            return found
-        batch, count, _ = x.shape
-        q, k, v = self.qkv(x).view(batch * count, 3, self.num_heads, self.head_dim).unbind(1)
-        attended = varlen_attn(q, k, v, attn_mask, attn_mask, count, count)
-        assert isinstance(attended, Tensor)
-        projected: Tensor = self.proj(attended.reshape(batch, count, -1))
-        return projected
-
-
-def sequences(content: Tensor) -> Tensor:
-    """Where sequences begin, and where the last one ends, in clips one after another, each its content and then its
-    padding: int32 ``[2 B + 1]``.
-
-    Attention within sequences needs no mask, for which fused kernels lose half of their speed; what padding sees is
-    padding. content: bool ``[B, N]``, content first.
-    """
-    batch, count = content.shape
-    starts = torch.arange(batch, device=content.device) * count
-    ends = torch.stack([starts + content.sum(1), starts + count], dim=1).flatten()
-    return functional.pad(ends, (1, 0)).to(torch.int32)
-
-
-def _takes_sequences(tokens: Tensor) -> bool:
-    """Whether torch has a kernel for them: on CUDA, in half precision."""
-    if not tokens.is_cuda:
-        return False
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else tokens.dtype
-    return dtype in (torch.bfloat16, torch.float16)
 
 
 def _weighted(block: Any, tokens: Tensor, mask: Tensor | None, factors: Tensor) -> Tensor:
@@ -226,23 +186,10 @@ class _SwinBlock(SwinTransformerBlock):
         _, height, width, channels = x.shape
         shift = self.shift_size[0]
         windows, (down, across) = _windows(_rolled(x, -shift), self.window_size)
-        # torch has a fused kernel that learns the bias for GPUs alone; on a CPU timm's own products are faster.
-        windows = fused_window_attention(self.attn, windows, mask) if x.is_cuda else self.attn(windows, mask=mask)
-        windows = windows.view(-1, *self.window_size, channels)
+        # timm's own products: for windows of 16 positions torch's fused kernel is slower (docs/performance.md).
+        windows = self.attn(windows, mask=mask).view(-1, *self.window_size, channels)
         x = window_reverse(windows, self.window_size, down, across)[:, :height, :width].contiguous()
         return _rolled(x, shift)
-
-
-def fused_window_attention(attention: WindowAttention, windows: Tensor, mask: Tensor | None) -> Tensor:
-    """What `attention` gives for windows ``[n, area, C]``, by scaled_dot_product_attention; mask: as `_SwinBlock`'s."""
-    count, area, _ = windows.shape
-    q, k, v = attention.qkv(windows).view(count, area, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    bias = attention._get_rel_pos_bias()
-    if mask is not None:
-        bias = (bias + mask.unsqueeze(1)).repeat(count // len(mask), 1, 1, 1)
-    attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-    projected: Tensor = attention.proj(attended.transpose(1, 2).reshape(count, area, -1))
-    return projected
 
 
 def _windows(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:

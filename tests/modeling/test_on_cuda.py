@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridle.modeling.blocks import TransformerBlocks, compile_blocks, sequences
+from bridle.modeling.blocks import TransformerBlocks, compile_blocks
 from bridle.modeling.lookup import cluster_sums, sums_by_product
 from bridle.training.engine import prepare_device
 from bridle.training.machine import stated_rate
@@ -24,11 +24,6 @@ def test_sums_as_a_product_are_those_of_points_added_one_by_one(size: int, point
     added = torch.zeros(size, 8, dtype=torch.float64).index_add_(0, codes, rows.double())
     assert torch.equal(counts, torch.bincount(codes, minlength=size).float())
     torch.testing.assert_close(sums.double(), added, atol=1e-4, rtol=1e-5)
-
-
-def test_sequences_are_each_clips_content_and_then_its_padding() -> None:
-    content = torch.tensor([[True, True, False], [True, True, True]])
-    assert sequences(content).tolist() == [0, 2, 3, 6, 6]
 
 
 def test_the_stated_rate_is_that_of_the_products_that_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +51,7 @@ def test_on_cuda_sums_are_the_same_every_time_and_exact_to_float32() -> None:
 
 @needs_cuda
 @pytest.mark.parametrize("compiled", [False, True])
-def test_on_cuda_padded_clips_get_the_numbers_of_a_mask(compiled: bool) -> None:
+def test_on_cuda_half_precision_gives_padded_clips_the_numbers_of_float32(compiled: bool) -> None:
     torch.manual_seed(0)
     blocks = TransformerBlocks(128, 2, 2).to(CUDA)
     content = torch.arange(320, device=CUDA) < torch.tensor([320, 200, 1, 312], device=CUDA)[:, None]
@@ -71,7 +66,7 @@ def test_on_cuda_padded_clips_get_the_numbers_of_a_mask(compiled: bool) -> None:
         assert given.grad is not None
         return out.detach()[content].float(), given.grad[content]
 
-    expected = found(half=False)  # with a mask: there is no other kernel for float32
+    expected = found(half=False)
     if compiled:
         compile_blocks(blocks)
     for ours, theirs in zip(found(half=True), expected, strict=True):

@@ -9,7 +9,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 
 from bridle.config import QuantizerSettings, TransformerSettings
-from bridle.modeling.blocks import SwinBlocks, fused_window_attention
+from bridle.modeling.blocks import SwinBlocks
 from bridle.modeling.losses import masked_code_loss
 from bridle.modeling.positions import KEPT, Positions, sincos_positions
 from bridle.modeling.quantizer import ResidualQuantizer
@@ -29,19 +29,6 @@ def test_the_loss_over_rows_of_codes_is_as_close_to_float64_as_over_an_inner_axi
     losses, _ = masked_code_loss(logits, codes)
     assert (losses - exact).abs().max() < 2e-6
     assert (losses - exact).abs().max() < 2 * (before.mean(0) - exact).abs().max() + 1e-6
-
-
-@pytest.mark.parametrize("windows", [None, 3])
-def test_fused_attention_of_windows_is_as_close_to_float64_as_timms(windows):
-    attention = SwinTransformerBlock(32, (4, 4), num_heads=4, window_size=4).attn
-    x, mask = drawn(6, 16, 32), None if windows is None else -100.0 * (drawn(windows, 16, 16) > 0.5)
-    fused, plain = fused_window_attention(attention, x, mask), attention(x, mask=mask)
-    weights = drawn(6, 16, 32)
-    learned = attention.relative_position_bias_table
-    gradients = [torch.autograd.grad((found * weights).sum(), learned)[0] for found in (fused, plain)]
-    exact = copy.deepcopy(attention).double()(x.double(), mask=None if mask is None else mask.double())
-    assert (fused - exact).abs().max() < 2 * (plain - exact).abs().max() + 1e-7
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", [(8, 4), (6, 7), (3, 9)])
