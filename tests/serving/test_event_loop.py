@@ -14,7 +14,7 @@ import pytest
 from running_service import Server, serving
 
 LONGEST = 0.020
-"""Seconds of CPU that a callback may take the loop's thread: 10 ms of a quiet machine, on one whose caches others use."""
+"""Seconds of CPU that a callback may take the loop's thread: 10 ms of a quiet machine, where others use the caches."""
 JSON, NPZ, ARROW = "application/json", "application/x-npz", "application/vnd.apache.arrow.stream"
 FORM = "multipart/form-data; boundary=b"
 
