@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/.installed
 DEMO ?= runs/demo
 MASTER_PORT ?= 29500
 DEMO_CLIP := $(DEMO)/clip.ogg
+# Every GPU there is, and without one two processes.
+RANKS ?= $(shell ls /dev/nvidia[0-9]* >/dev/null 2>&1 || echo --num_gpus 2)
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # What the launcher says of itself is kept from the screen. Line by line: mawk would hold the progress of minutes back.
 LAUNCHER = '^\[[0-9-]+ [0-9:,]+\] \[(INFO|WARNING)\]'
@@ -29,7 +31,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: $(INSTALLED)
 	@mkdir -p $(DEMO)
-	bash -o pipefail -c "deepspeed --num_gpus 2 --master_port $(MASTER_PORT) bridle/pretrain.py \
+	bash -o pipefail -c "deepspeed $(RANKS) --master_port $(MASTER_PORT) bridle/pretrain.py \
 		--deepspeed_config ds_configs/zero2.json --run $(DEMO) 2>&1 | tee $(DEMO)/launcher.log | grep --line-buffered -vE $(LAUNCHER)"
 	bridle export $(DEMO) $(DEMO)/model
 	python examples/one_clip.py builtin:audio-heldout 12 $(DEMO_CLIP)

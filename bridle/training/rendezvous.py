@@ -14,7 +14,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +36,8 @@ MARGIN = timedelta(minutes=2)
 @dataclass(frozen=True)
 class Place:
     """Where a rank is. machine: the same for ranks that share a network; address, port: where it can be reached, on
-    the interface that gloo takes; without an address, `interfaces` says why."""
+    the interface that gloo takes; without an address, `interfaces` says why; gpu: its GPU's own name, empty on a CPU.
+    """
 
     rank: int
     host: str
@@ -44,6 +45,7 @@ class Place:
     address: str
     port: int
     interfaces: str
+    gpu: str = ""
 
 
 def join(timeout: float = 600.0, admit: Callable[[], None] = lambda: None) -> Ranks:
@@ -176,7 +178,7 @@ def _roll_call(store: dist.Store, rank: int, world: int, timeout: float, admit: 
         return admit()
     try:
         with _door() as (address, port, problem):
-            here = Place(rank, socket.gethostname(), _network(), address, port, problem or _interfaces())
+            here = Place(rank, socket.gethostname(), _network(), address, port, problem or _interfaces(), _gpu())
             store.set(f"place/{rank}", json.dumps(asdict(here)))
             if rank == 0:
                 _preside(store, world, timeout, admit)
@@ -206,6 +208,7 @@ def _preside(store: dist.Store, world: int, timeout: float, admit: Callable[[], 
         admit()
         places = [Place(**json.loads(text)) for text in _collect(store, "place", world, timeout, "did not come")]
         _refuse_addresses(places)
+        refuse_shared_gpus(places)
         store.set("all", json.dumps([asdict(place) for place in places]))
         store.set("way/0", _try_the_way(places, 0))
         lost = [text for text in _collect(store, "way", world, PATIENCE, "came and went silent") if text]
@@ -269,6 +272,24 @@ def _refuse_addresses(places: list[Place]) -> None:
                 f"rank {place.rank} on {place.host} would listen at {place.address}, where no other machine reaches it;"
                 f" set GLOO_SOCKET_IFNAME there to the interface that leads to the others (it has {place.interfaces})"
             )
+
+
+def refuse_shared_gpus(places: Sequence[Place]) -> None:
+    """Raises RecipeError where two ranks would compute on one GPU, which nccl cannot."""
+    owners: dict[str, Place] = {}
+    for place in places:
+        other = owners.setdefault(place.gpu or f"CPU of rank {place.rank}", place)
+        if other is not place:
+            raise RecipeError(
+                f"ranks {other.rank} and {place.rank} on {place.host} have the same GPU ({place.gpu}); start as many"
+                " ranks on a node as it has GPUs: deepspeed without --num_gpus does"
+            )
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return ""
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
 def _try_the_way(places: list[Place], rank: int) -> str:

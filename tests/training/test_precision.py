@@ -16,7 +16,7 @@ from test_no_waiting import job_of
 
 from bridle.settings import RecipeError
 from bridle.training.engine import prepare_device, read_ds_config
-from bridle.training.rendezvous import device_index
+from bridle.training.rendezvous import Place, device_index, refuse_shared_gpus
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -61,6 +61,13 @@ def test_a_rank_takes_its_own_device_or_the_only_one_it_sees():
     assert device_index(5, 1) == 0
     with pytest.raises(RecipeError, match="LOCAL_RANK 5 has no device: this process sees 4"):
         device_index(5, 4)
+
+
+def test_two_ranks_on_one_gpu_are_refused_by_name_before_nccl_fails():
+    places = [Place(rank, "node-1", "net", "10.0.0.1", 1, "", gpu) for rank, gpu in enumerate(["", "", "A", "B"])]
+    refuse_shared_gpus(places)
+    with pytest.raises(RecipeError, match=r"ranks 2 and 4 on node-1 have the same GPU \(A\); start as many ranks"):
+        refuse_shared_gpus([*places, Place(4, "node-1", "net", "10.0.0.1", 1, "", "A")])
 
 
 JOIN = """
