@@ -51,10 +51,11 @@ def finetune(args: argparse.Namespace, stop: StopRequest, foreign: ForeignWarnin
     """Reads the recipe and runs it."""
     from bridle.finetune_recipe import load_finetune_recipe
     from bridle.modalities import REGISTRY
+
+    recipe = load_finetune_recipe(args.recipe, [*_settings(args), *overrides(args)])
     from bridle.training.engine import read_ds_config
     from bridle.training.finetune_run import FinetuneRun
 
-    recipe = load_finetune_recipe(args.recipe, [*_settings(args), *overrides(args)])
     if os.environ.get("RANK", "0") == "0" and not recipe.data.heldout and recipe.fold is None:
         log.warning("no held-out files, so nothing says how good the classifier is: give --heldout SHARDS or --fold F")
     where = args.run or f"runs/finetune-{Path(args.recipe).stem}"

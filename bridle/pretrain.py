@@ -94,10 +94,11 @@ def pretrain(args: argparse.Namespace, stop: StopRequest, foreign: ForeignWarnin
     """Reads the recipe and runs it."""
     from bridle.config import load_recipe
     from bridle.modalities import REGISTRY
+
+    recipe = load_recipe(args.recipe, overrides(args))  # before the seconds that torch and DeepSpeed take to import
     from bridle.training.engine import read_ds_config
     from bridle.training.run import PretrainingRun
 
-    recipe = load_recipe(args.recipe, overrides(args))
     if os.environ.get("RANK", "0") == "0" and not recipe.data.heldout:
         log.warning("%s", no_heldout(recipe.data.mixture))
     ds_config = read_ds_config(args.deepspeed_config)

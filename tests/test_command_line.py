@@ -22,6 +22,16 @@ def test_version_is_printed_without_importing_what_takes_long() -> None:
     assert not heavy & set(modules.split())
 
 
+def test_a_mistake_in_a_recipe_is_told_before_what_takes_long_is_imported() -> None:
+    code = "import sys; from bridle.{0} import main; main({1}); print(*sys.modules)"
+    given = ["--deepspeed_config", "builtin:zero2", "--recipe", "audio-mini", "train.batch_sise=8"]
+    for program in ("pretrain", "finetune"):
+        command = [sys.executable, "-c", code.format(program, given)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "did you mean 'batch_size'" in done.stderr
+        assert not {"torch", "deepspeed"} & set(done.stdout.split())
+
+
 @pytest.mark.parametrize(("word", "meant"), [("tokenise", "tokenize"), ("shard", "shards"), ("server", "serve")])
 def test_a_misspelt_command_is_answered_with_what_was_meant(
     word: str, meant: str, capsys: pytest.CaptureFixture[str]
