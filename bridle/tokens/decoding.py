@@ -132,20 +132,26 @@ def decoded(
     """
     order: deque[tuple[Task, _Feed]] = deque()
     feeds = [_Feed(tasks, order, max(1, workers)) for _ in range(max(1, workers))]
-    for feed in feeds:  # a process begins with its first tasks at once
-        feed.chunks = load(Decoder(inputs, modality, windows), min(workers, 1), feed)
-    while order or not workers:
-        feed = order[0][1] if order else feeds[0]
-        try:
-            chunk = next(feed.chunks)
-        except StopIteration:
-            return
-        if isinstance(chunk, ShardError):
-            raise chunk
-        if chunk is None:
-            continue
-        task = order[0][0]
-        if chunk.ends:
-            order.popleft()
-            feed.open -= 1
-        yield task, chunk
+    try:
+        for feed in feeds:  # a process begins with its first tasks at once
+            feed.chunks = load(Decoder(inputs, modality, windows), min(workers, 1), feed)
+        while order or not workers:
+            feed = order[0][1] if order else feeds[0]
+            try:
+                chunk = next(feed.chunks)
+            except StopIteration:
+                return
+            if isinstance(chunk, ShardError):
+                raise chunk
+            if chunk is None:
+                continue
+            task = order[0][0]
+            if chunk.ends:
+                order.popleft()
+                feed.open -= 1
+            yield task, chunk
+    finally:
+        # A feed and its chunks refer to each other: the garbage collector would find them late, and torch then waits
+        # 10 s for each process, which it cannot end.
+        for feed in feeds:
+            feed.chunks = iter(())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,7 @@ def test_bytes_do_not_depend_on_workers_restarts_or_torn_files(
     one, two = tmp_path / "one", tmp_path / "two"
     assert bulk(models["audio"], sounds, one, workers=0) == 0
     assert bulk(models["audio"], sounds, two, workers=2) == 0
+    assert not multiprocessing.active_children()
     assert hashes(one) == hashes(two)
     data = sorted((two / "data").iterdir())
     before = data[2].stat().st_mtime_ns
