@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import time
 
 import pytest
-from launching import ROOT, command, environment, pretrain, rows
+from launching import pretrain, rows, start_and_signal
 
 SHORT = [
     "train.batch_size=8", "train.log_every=2", "train.checkpoint_every=4", "train.prometheus_port=0",
@@ -22,16 +20,8 @@ def test_a_killed_run_goes_on_to_the_last_digit_and_ranks_change_nothing(modalit
     arguments = ["--recipe", f"{modality}-mini", *SHORT]
     pretrain(tmp_path / "whole", *arguments)
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(killed, *arguments), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (killed / "metrics.jsonl").exists() or len(rows(killed)) < 7:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    code, output = start_and_signal(killed, 7, signal.SIGKILL, *arguments)
+    assert code == -signal.SIGKILL, output
     pretrain(killed, *arguments)
     assert rows(killed) == rows(tmp_path / "whole")
 

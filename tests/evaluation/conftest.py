@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from evaluation_inputs import RECIPE, tone, write_random_model
-
-ROOT = Path(__file__).parents[2]
+from launching import pretrain
 
 
 @pytest.fixture(scope="session")
@@ -25,11 +21,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
     recipe.write_text(RECIPE)
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    command = [sys.executable, "bridle/pretrain.py", "--deepspeed_config", "ds_configs/zero2.json"]
-    command += ["--recipe", str(recipe), "--run", str(folder)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    pretrain(folder, "--recipe", str(recipe))
     return folder
 
 

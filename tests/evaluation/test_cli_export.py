@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,8 +31,11 @@ def test_export_writes_the_newest_finished_iteration(
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
 def test_a_model_can_be_read_by_whom_the_umask_lets(tiny_run: Path, tmp_path: Path, umask: int, mode: int) -> None:
-    command = [sys.executable, "-m", "bridle.cli", "export", str(tiny_run), str(tmp_path / "model")]
-    subprocess.run(command, check=True, umask=umask)
+    before = os.umask(umask)
+    try:
+        assert main(["export", str(tiny_run), str(tmp_path / "model")]) == 0
+    finally:
+        os.umask(before)
     files = sorted((tmp_path / "model").iterdir())
     assert [file.name for file in files] == ["README.md", "config.json", "model.safetensors"]
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {mode}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from warm import WarmProcess, run_warm
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -48,13 +49,18 @@ def command(
 
 
 def pretrain(run: Path, *arguments: str, ranks: int = 1, config: str = "zero2", check: bool = True):
-    done = subprocess.run(
-        command(run, *arguments, ranks=ranks, config=config),
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    """A whole run, warm; several ranks go without a launcher."""
+    words = command(run, *arguments, config=config)
+    done = run_warm(words, env=environment(), cwd=ROOT, ranks=[{}] if ranks == 1 else variables_of(ranks))
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def variables_of(ranks: int) -> list[dict[str, str]]:
+    """What tells each rank of a machine who it is, as Kubernetes or Slurm would."""
+    given = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**given, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def rows(run: Path, with_times: bool = False) -> list[dict]:
@@ -63,35 +69,35 @@ def rows(run: Path, with_times: bool = False) -> list[dict]:
     return [{k: v for k, v in line.items() if with_times or k not in TIMES} for line in lines]
 
 
-def start(run: Path, *arguments: str, ranks: int = 1, **more: str) -> subprocess.Popen:
-    """The same command, running; its output goes to `RUN.log`, so that nobody has to read it for it to go on."""
+def start(run: Path, *arguments: str, ranks: int = 1, warm: bool = True, **more: str) -> subprocess.Popen | WarmProcess:
+    """The same, running; several ranks with a launcher. Its output goes to `RUN.log`, so that nobody has to read it for
+    it to go on."""
+    words, variables = command(run, *arguments, ranks=ranks), environment(**more)
     with Path(f"{run}.log").open("w") as output:
-        return subprocess.Popen(
-            command(run, *arguments, ranks=ranks), env=environment(**more), cwd=ROOT, stdout=output, stderr=output
-        )
+        if warm and ranks == 1:
+            return WarmProcess(words, env=variables, cwd=ROOT, stdout=output, stderr=output)
+        return subprocess.Popen(words, env=variables, cwd=ROOT, stdout=output, stderr=output)
 
 
 def start_bare(
     run: Path, *arguments: str, ranks: int = 2, program: str = "bridle/pretrain.py", **more: str
-) -> list[subprocess.Popen]:
-    """The ranks alone, as Kubernetes or Slurm start them: no launcher looks after them."""
-    given = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **more}
+) -> list[WarmProcess]:
+    """The ranks alone, warm, as Kubernetes or Slurm start them: no launcher looks after them."""
+    words = command(run, *arguments, program=program)
     with Path(f"{run}.log").open("a") as output:
         return [
-            subprocess.Popen(
-                command(run, *arguments, program=program),
-                env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **given),
-                cwd=ROOT, stdout=output, stderr=output,
-            )
-            for rank in range(ranks)
-        ]  # fmt: skip
+            WarmProcess(words, env=environment(**{**one, **more}), cwd=ROOT, stdout=output, stderr=output)
+            for one in variables_of(ranks)
+        ]
 
 
 def output_of(run: Path) -> str:
     return Path(f"{run}.log").read_text()
 
 
-def wait_for(what: Callable[[], object], process: subprocess.Popen, run: Path, seconds: float = 120) -> None:
+def wait_for(
+    what: Callable[[], object], process: subprocess.Popen | WarmProcess, run: Path, seconds: float = 120
+) -> None:
     """Until `what` is true; the process must not end before."""
     deadline = time.monotonic() + seconds
     while not what():
@@ -100,14 +106,14 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen, run: Path, s
         time.sleep(0.002)
 
 
-def wait_for_rows(run: Path, count: int, process: subprocess.Popen) -> None:
+def wait_for_rows(run: Path, count: int, process: subprocess.Popen | WarmProcess) -> None:
     metrics = run / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= count, process, run)
 
 
-def start_and_signal(run: Path, rows_seen: int, number: int, ranks: int = 1) -> tuple[int, str]:
+def start_and_signal(run: Path, rows_seen: int, number: int, *arguments: str) -> tuple[int, str]:
     """Starts a run and sends it a signal once it has written so many rows of metrics."""
-    process = start(run, ranks=ranks)
+    process = start(run, *arguments)
     wait_for_rows(run, rows_seen, process)
     process.send_signal(number)
     return process.wait(timeout=60), output_of(run)

@@ -7,14 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from launching import ROOT, command, environment, pretrain, rows
+from launching import ROOT, pretrain, rows, start_and_signal
 
 from bridle.data.order import SampleOrder
 
@@ -37,13 +36,8 @@ def sounds(folder: Path, count: int, seed: int) -> Path:
 
 def begin_and_stop(run: Path, *arguments: str) -> None:
     """Begins a run and stops it in the middle of its first encoder phase."""
-    process = subprocess.Popen(command(run, *arguments), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL)
-    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75
+    code, output = start_and_signal(run, 2, signal.SIGTERM, *arguments)
+    assert code == 75, output
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import ROOT, command, environment, rows, wait_for
+from launching import ROOT, command, environment, rows, variables_of, wait_for
 from small_models import write_model
+from warm import WarmProcess, run_warm
 
 from bridle.classifier import load_classifier
 from bridle.cli import main
@@ -33,10 +34,7 @@ def finetune_command(run: Path, model: Path, *more: str) -> list[str]:
 
 
 def finetune(run: Path, model: Path, *more: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        finetune_command(run, model, *more),
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = run_warm(finetune_command(run, model, *more), env=environment(), cwd=ROOT)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -58,9 +56,8 @@ def test_a_run_killed_between_checkpoints_equals_an_undisturbed_one_to_the_last_
 ) -> None:
     run = tmp_path / "run"
     with Path(f"{run}.log").open("w") as output:
-        process = subprocess.Popen(
-            finetune_command(run, model), env=environment(), cwd=ROOT, stdout=output, stderr=output
-        )
+        words = finetune_command(run, model)
+        process = WarmProcess(words, env=environment(), cwd=ROOT, stdout=output, stderr=output)
     metrics = run / "metrics.jsonl"  # of step 6, whose checkpoint is not yet written, or just so
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, process, run, seconds=300)
     process.send_signal(signal.SIGKILL)
@@ -127,10 +124,8 @@ def test_two_ranks_learn_what_one_does_and_score_the_same_files(undisturbed: Pat
     """What is drawn for a clip (mask, mixing, branches left out) is its own, however clips are shared out."""
     run = tmp_path / "run"
     given = ["--recipe", "audio-mini", "--model", str(model), *TINY]
-    done = subprocess.run(
-        command(run, *given, ranks=2, program="bridle/finetune.py"),
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    words = command(run, *given, program="bridle/finetune.py")
+    done = run_warm(words, env=environment(), cwd=ROOT, ranks=variables_of(2))
     assert done.returncode == 0, done.stdout + done.stderr
     for ours, theirs in zip(rows(run), rows(undisturbed), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)

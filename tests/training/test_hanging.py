@@ -9,11 +9,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launching import ROOT, command, environment, output_of, start_bare, wait_for_rows
+from launching import ROOT, command, environment, output_of, start, start_bare, wait_for_rows
 
 from bridle.training.rendezvous import PATIENCE
 
-ENDLESS = ("phases.1.steps=50000", "train.checkpoint_every=2", "train.collective_timeout=25")
+ENDLESS = ("phases.1.steps=50000", "train.checkpoint_every=2", "train.collective_timeout=10")
 
 
 def error_of(run: Path) -> str:
@@ -79,16 +79,11 @@ def test_addresses_that_lead_nowhere_name_the_variable_within_a_minute(tmp_path)
     }
     nonsense = start_bare(tmp_path / "nonsense", GLOO_SOCKET_IFNAME="nonsense")
     started = {
-        name: subprocess.Popen(
-            command(tmp_path / name),
-            env=environment(WORLD_SIZE="2", MASTER_PORT="29999", **given),
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for name, given in cases.items()
-    }  # fmt: skip
+        name: start(tmp_path / name, WORLD_SIZE="2", MASTER_PORT="29999", **given) for name, given in cases.items()
+    }
     for name, process in started.items():
-        _, errors = process.communicate(timeout=400)
-        assert process.returncode == 1, errors
+        code, errors = process.wait(timeout=400), output_of(tmp_path / name)
+        assert code == 1, errors
         assert f"MASTER_ADDR={cases[name]['MASTER_ADDR']}" in errors
         assert "set MASTER_ADDR to the name or address of rank 0's machine" in errors
     assert [rank.wait(timeout=100) for rank in nonsense] == [1, 1]

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import math
 import signal
-import subprocess
-import time
 
 import pytest
 import yaml
-from launching import ROOT, command, environment, pretrain, rows
+from launching import pretrain, rows, start_and_signal
 
 from bridle.data.shards import open_shards
 from bridle.modalities import build_modality
 
 MIX = ("--data", "builtin:audio@0.5", "builtin:audio-heldout@2")
 PHASES = "phases=[{kind: cold_start}, {kind: encoder, epochs: 1, warmup_steps: 2, lr: 1.0e-3}]"
-
-
-def kill_after(rows_seen: int, run, *arguments: str) -> None:
-    process = subprocess.Popen(command(run, *arguments), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len(rows(run)) < rows_seen:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.slow
@@ -43,7 +31,8 @@ def test_a_mixed_run_lasts_its_epochs_resumes_exactly_and_keeps_its_weights(tmp_
     )
     steps = math.ceil((half / 2 + 2 * twice) / 8)
     assert rows(whole)[-1]["step"] == steps and rows(whole)[-1]["samples"] == 8 * steps
-    kill_after(3, killed, *MIX, PHASES)
+    code, output = start_and_signal(killed, 3, signal.SIGKILL, *MIX, PHASES)
+    assert code == -signal.SIGKILL, output
     pretrain(killed, *MIX, PHASES)
     assert rows(killed) == rows(whole)
     model = "models/final/model.safetensors"

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-from launching import ROOT, environment, free_port
+from launching import ROOT, environment, variables_of
+from warm import run_warm
 
 
 def opened(cache: Path) -> list[list]:
     """Of each of two ranks: its rank, how many headers it read, how many samples it has, and the hash of their data."""
     command = [sys.executable, str(Path(__file__).with_name("node_data_worker.py")), str(cache)]
-    port = str(free_port())
-    ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
-            env=environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    said = [process.communicate(timeout=120)[0] for process in ranks]
-    return [json.loads(text.splitlines()[-1]) for text in said]
+    said = run_warm(command, env=environment(), cwd=ROOT, ranks=variables_of(2)).stdout
+    return sorted(json.loads(line) for line in said.splitlines() if line.startswith("["))
 
 
 def test_the_second_rank_of_a_node_reads_no_index(tmp_path: Path) -> None:

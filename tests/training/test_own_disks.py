@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, TINY, environment, free_port, pretrain, rows
+from launching import TINY, command, environment, pretrain, rows, variables_of
+from warm import WarmProcess
 
 NOWHERE = "/proc/no-folder-can-be-made-here/run"
 """The run folder of a rank that must neither read nor write one."""
 
 
-def start_nodes(run: Path, folder: Path, config: str) -> list[subprocess.Popen]:
-    """Two ranks, as two pods would start them: an environment and a working directory each, no launcher."""
-    port, nodes = str(free_port()), []
-    for rank, where in enumerate((str(run), NOWHERE)):
-        own = folder / f"node-{rank}"
-        own.mkdir(exist_ok=True)
-        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": port}
-        command = [sys.executable, str(ROOT / "bridle/pretrain.py"), "--recipe", str(TINY), "--run", where]
-        nodes.append(
-            subprocess.Popen(
-                [*command, "--deepspeed_config", str(ROOT / "ds_configs" / f"{config}.json")],
-                env=environment(MASTER_ADDR="127.0.0.1", **variables),
-                cwd=own,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+class Node:
+    """A rank, as its pod would start it: an environment and a working directory of its own, no launcher."""
+
+    def __init__(self, where: str, folder: Path, config: str, variables: dict[str, str]) -> None:
+        folder.mkdir(exist_ok=True)
+        self.log = folder.with_suffix(".log")
+        words = command(Path(where), config=config)
+        with self.log.open("w") as output:
+            self.process = WarmProcess(
+                words, env=environment(**variables | {"LOCAL_RANK": "0"}), cwd=folder, stdout=output, stderr=output
             )
-        )
-    return nodes
+
+    def ended(self) -> tuple[int, str]:
+        return self.process.wait(timeout=200), self.log.read_text()
 
 
-def ended(nodes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    outputs = [node.communicate(timeout=200)[0] for node in nodes]
-    return [(node.returncode, output) for node, output in zip(nodes, outputs, strict=True)]
+def start_nodes(run: Path, folder: Path, config: str) -> list[Node]:
+    places = zip((str(run), NOWHERE), variables_of(2), strict=True)
+    return [Node(where, folder / f"node-{rank}", config, variables) for rank, (where, variables) in enumerate(places)]
+
+
+def ended(nodes: list[Node]) -> list[tuple[int, str]]:
+    return [node.ended() for node in nodes]
 
 
 @pytest.mark.slow
@@ -50,10 +48,10 @@ def test_a_run_over_two_disks_stops_goes_on_and_ends_as_one_on_a_shared_disk(tmp
     deadline = time.monotonic() + 120
     while not (run / "checkpoints/phase-2-tokenizer").is_dir():
         assert time.monotonic() < deadline
-        assert all(node.poll() is None for node in nodes), ended(nodes)
+        assert all(node.process.poll() is None for node in nodes), ended(nodes)
         time.sleep(0.05)
     for node in nodes:
-        node.send_signal(signal.SIGTERM)
+        node.process.send_signal(signal.SIGTERM)
     assert all(code in (0, 75) for code, _ in ended(nodes))
     assert not (run / "models/final").exists()
     for code, output in ended(start_nodes(run, tmp_path, config)):

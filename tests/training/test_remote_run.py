@@ -15,6 +15,7 @@ import boto3
 import pytest
 from launching import ROOT, TIMES, TINY, command, environment, pretrain, rows
 from moto.server import ThreadedMotoServer
+from warm import WarmProcess, run_warm
 
 from bridle.config import load_recipe
 from bridle.model_folder import load
@@ -57,7 +58,8 @@ class Node:
             **KEYS, AWS_ENDPOINT_URL=ENDPOINT.format(port), XDG_CACHE_HOME=str(disk / "cache"), TMPDIR=str(disk)
         )
         with self.log.open("w") as output:
-            self.process = subprocess.Popen(
+            make = WarmProcess if ranks == 1 else subprocess.Popen
+            self.process = make(
                 command(run, *arguments, ranks=ranks), env=self.variables, cwd=ROOT, stdout=output, stderr=output
             )
 
@@ -209,10 +211,9 @@ def test_training_goes_on_while_the_store_is_away_and_makes_up_for_it(undisturbe
 def test_a_store_that_cannot_be_used_is_one_line_and_exit_code_2(run, changed, said, bucket, port, tmp_path):
     variables = environment(**KEYS | {"AWS_ENDPOINT_URL": ENDPOINT.format(port), "HOME": str(tmp_path)} | changed)
     variables |= {"AWS_EC2_METADATA_DISABLED": "true"}
-    done = subprocess.run(
-        command(run), env={key: value for key, value in variables.items() if value or key not in KEYS},
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = run_warm(
+        command(run), env={key: value for key, value in variables.items() if value or key not in KEYS}, cwd=ROOT
+    )
     assert done.returncode == 2, done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("pretrain: error:")]
     assert len(lines) == 1

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, environment, output_of, pretrain, start, wait_for_rows
+from launching import ROOT, environment, output_of, pretrain, start, wait_for, wait_for_rows
 
 BRIDLE = str(Path(sys.executable).with_name("bridle"))
 
@@ -42,7 +42,7 @@ def test_a_run_is_running_then_dead_then_stopped_then_finished(tmp_path):
     assert f"was held by process {process.pid}" in said
 
     process = start(run, *long_enough_to_be_asked)
-    wait_for_rows(run, 12, process)
+    wait_for(lambda: "[1 encoder] step" in output_of(run), process, run)  # rows may still be the first one's
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75, output_of(run)
     code, said = status(run)

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from launching import output_of, pretrain, processes_of, ranks_of, rows, start, wait_for, wait_for_rows
+from warm import WarmProcess
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SPARSE = ("train.log_every=1000", "train.checkpoint_every=1000")
@@ -26,7 +27,7 @@ def undisturbed(tmp_path_factory) -> Path:
     return run
 
 
-def stop(process: subprocess.Popen, number: int, run: Path) -> str:
+def stop(process: subprocess.Popen | WarmProcess, number: int, run: Path) -> str:
     process.send_signal(number)
     code = process.wait(timeout=60)
     assert code == 75, (code, output_of(run))
@@ -50,7 +51,7 @@ def test_each_signal_saves_between_two_rows_and_the_run_goes_on_exactly(undistur
     assert rows(run) == rows(undisturbed)
 
 
-def heard(process: subprocess.Popen, number: int) -> bool:
+def heard(process: subprocess.Popen | WarmProcess, number: int) -> bool:
     """Whether the process has a handler for a signal."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
@@ -61,7 +62,7 @@ def heard(process: subprocess.Popen, number: int) -> bool:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_while_it_imports_ends_it_at_once_with_nothing_left(tmp_path, number):
     run = tmp_path / "run"
-    process = start(run)
+    process = start(run, warm=False)
     wait_for(lambda: heard(process, signal.SIGUSR1), process, run)
     began = time.monotonic()
     stop(process, number, run)
