@@ -10,52 +10,22 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bridle import __version__
-from bridle.config import EncoderSettings
-from bridle.files import read_json, sha256, whole_folder
+from bridle.files import sha256, whole_folder
+from bridle.folder_config import FORMAT, ClassifierConfig, ModelError, read_classifier_config
 from bridle.hub import local_folder
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Clip, Limits, Modality
 from bridle.model import CLIPS_AT_ONCE, batched, content_positions, read_source, stacked
-from bridle.model_folder import CLASSIFIER, DTYPES, ModelError, patch_shape
+from bridle.model_folder import DTYPES, patch_shape
 from bridle.modeling.classifier import ClassifierModule, probabilities
-from bridle.settings import RecipeError, Settings, parse_settings
-
-FORMAT = 1
-"""Version of the folder's layout; a folder of another version is refused."""
-
-
-class ClassifierConfig(Settings):
-    """What `config.json` holds."""
-
-    format: int
-    """Version of the layout."""
-    bridle: str
-    """Version of the package that wrote it."""
-    name: str
-    """Name of the classifier, for people and for `model=`."""
-    modality: str
-    """Name in the registry of modalities."""
-    clip: dict[str, Any]
-    """The modality's settings."""
-    encoder: EncoderSettings
-    classes: list[str]
-    """Names, in the order of the head's rows."""
-    loss: Literal["bce", "ce"]
-    """`bce`: a probability of each class by itself; `ce`: shares that add up to 1."""
-    model_type: Literal["bridle-classifier"] = "bridle-classifier"
-    licence: str | None = None
-    """Of the weights, as the hub writes it, e.g. `cc-by-4.0`."""
-    trained: dict[str, Any] = Field(default_factory=dict)
-    """Where it comes from: the model that it began with, steps, data. Informative."""
 
 
 class Classifier:
@@ -168,15 +138,6 @@ def load_classifier(
     return Classifier(config, modality, module, sha256(file))
 
 
-def is_classifier(folder: Path) -> bool:
-    """Whether a folder says that it is a classifier's."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return False
-    raw = read_json(path)
-    return isinstance(raw, dict) and raw.get("model_type") == CLASSIFIER
-
-
 def is_whole_classifier(folder: Path) -> bool:
     """Whether a classifier folder is there, readable and of this version; reads no weights."""
     try:
@@ -185,29 +146,6 @@ def is_whole_classifier(folder: Path) -> bool:
             return bool(weights.keys())
     except (ValueError, OSError, SafetensorError):
         return False
-
-
-def read_classifier_config(folder: Path) -> ClassifierConfig:
-    """Reads and checks `config.json`.
-
-    Raises:
-        ModelError: see `load_classifier`.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        inside = folder / "classifier"
-        hint = f"did you mean '{inside}'?" if (inside / "config.json").is_file() else "give RUN/classifier"
-        raise ModelError(f"{folder}: no config.json there; {hint}")
-    raw = read_json(path)
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind != CLASSIFIER:
-        raise ModelError(f"{folder}: a model without classes; `bridle finetune {folder} SHARDS` makes a classifier")
-    if raw.get("format") != FORMAT:
-        raise ModelError(f"{path}: format {raw.get('format')!r}, expected {FORMAT}; use the bridle that wrote it")
-    try:
-        return parse_settings(ClassifierConfig, raw, str(path))
-    except RecipeError as error:
-        raise ModelError(str(error)) from None
 
 
 def _card(config: ClassifierConfig, heldout: Mapping[str, Any] | None) -> str:

@@ -6,47 +6,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from bridle.config import EncoderSettings, QuantizerSettings
+from bridle.folder_config import ModelConfig
 from bridle.modalities.clip import Clip, Modality, TooLargeError
 from bridle.modalities.joining import Place, joined
 from bridle.modeling.encoder import Encoder
 from bridle.modeling.tokenizer import Tokenizer
-from bridle.settings import Settings
 
 T = TypeVar("T")
 CLIPS_AT_ONCE = 8
 """Windows per forward pass when a whole file is tokenized; bounds memory."""
-
-
-class ModelConfig(Settings):
-    """What `config.json` holds."""
-
-    format: int
-    """Version of the layout."""
-    bridle: str
-    """Version of the package that wrote it."""
-    name: str
-    """Name of the model, for people and for `model=`."""
-    modality: str
-    """Name in the registry of modalities."""
-    clip: dict[str, Any]
-    """The modality's settings."""
-    tokenizer: str
-    """`cold_start` (a random projection) or `learned`."""
-    encoder: EncoderSettings
-    quantizer: QuantizerSettings
-    model_type: Literal["bridle"] = "bridle"
-    """What `transformers` knows it by."""
-    licence: str | None = None
-    """Of the weights, as the hub writes it, e.g. `cc-by-4.0`."""
-    trained: dict[str, Any] = Field(default_factory=dict)
-    """Where it comes from: recipe, phase, clips seen. Informative."""
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from bridle import __version__
 from bridle.config import EncoderSettings, QuantizerSettings
-from bridle.files import read_json, sha256, whole_folder
+from bridle.files import sha256, whole_folder
+from bridle.folder_config import FORMAT, ModelConfig, ModelError, read_config
 from bridle.hub import local_folder, publish
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Limits, Modality
-from bridle.model import BridleModel, CodeStream, ModelConfig, stacked
+from bridle.model import BridleModel, CodeStream, stacked
 from bridle.model_card import model_card
 from bridle.modeling.encoder import Encoder
 from bridle.modeling.patches import PatchShape
 from bridle.modeling.tokenizer import ColdStartTokenizer, LearnedTokenizer, Tokenizer
-from bridle.settings import RecipeError, parse_settings
 
 __all__ = [
     "BridleModel",
@@ -40,15 +40,7 @@ __all__ = [
     "stacked",
 ]
 
-FORMAT = 1
-"""Version of the folder's layout; a folder of another version is refused."""
-CLASSIFIER = "bridle-classifier"
-"""What config.json of a classifier folder says of itself (`bridle.classifier`)."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class ModelError(ValueError):
-    """A folder that is no model, or not one that this version can load."""
 
 
 class PublishableModel(BridleModel):
@@ -186,43 +178,6 @@ def load(
         )
         module.to(device=device, dtype=DTYPES[dtype])
     return PublishableModel(config, modality, encoder, tokenizer, sha256(weights_file))
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """Reads and checks `config.json`.
-
-    Raises:
-        ModelError: see `load`.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError(_no_model(folder))
-    raw = read_json(path)
-    if isinstance(raw, dict) and raw.get("model_type") == CLASSIFIER:
-        raise ModelError(
-            f"{folder}: a classifier folder, which has no codes; use it with `bridle classify {folder} FILE`"
-        )
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise ModelError(f"{path}: format {found!r}, expected {FORMAT}; export the model with this version of bridle")
-    try:
-        return parse_settings(ModelConfig, raw, str(path))
-    except RecipeError as error:
-        raise ModelError(str(error)) from None
-
-
-def _no_model(folder: Path) -> str:
-    """What was meant by a folder that is no model."""
-    if (folder / "recipe.yaml").is_file():
-        models = [folder / "models" / name for name in ("final", *(f"iteration-{i}" for i in range(9, 0, -1)))]
-        found = next((model for model in models if (model / "config.json").is_file()), None)
-        advice = (
-            f"did you mean '{found}'?" if found else "it has no model yet: let it reach the end of an encoder phase"
-        )
-        return f"{folder}: a run folder, not a model folder; {advice}"
-    if folder.is_file():
-        return f"{folder}: a file; give a model folder first, such as runs/NAME/models/final, then the files"
-    return f"{folder}: no config.json there; give a model folder, such as runs/NAME/models/final"
 
 
 def is_whole(folder: Path) -> bool:

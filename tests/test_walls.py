@@ -18,7 +18,17 @@ BELOW = {
     "config": {"settings", "recipe_files"},
     "recipe_files": {"settings"},
     "finetune_recipe": {"config", "recipe_files", "settings"},
-    "classifier": {"model", "model_folder", "config", "settings", "files", "modalities", "modeling", "hub"},
+    "classifier": {
+        "model",
+        "model_folder",
+        "folder_config",
+        "config",
+        "settings",
+        "files",
+        "modalities",
+        "modeling",
+        "hub",
+    },
     "files": set(),
     "home": {"settings"},
     "cores": set(),
@@ -29,8 +39,19 @@ BELOW = {
     "data": {"config", "settings", "processes", "files", "home", "modalities.clip"},
     "hub": set(),
     "model_card": set(),
-    "model": {"config", "settings", "modalities", "modeling"},
-    "model_folder": {"model", "config", "settings", "files", "modalities", "modeling", "hub", "model_card"},
+    "folder_config": {"config", "settings", "files"},
+    "model": {"folder_config", "config", "settings", "modalities", "modeling"},
+    "model_folder": {
+        "model",
+        "folder_config",
+        "config",
+        "settings",
+        "files",
+        "modalities",
+        "modeling",
+        "hub",
+        "model_card",
+    },
     "tokens": {"model", "config", "settings", "processes", "files", "modalities", "modeling", "data", "model_folder"},
     "evaluation": {
         "model",
@@ -66,6 +87,7 @@ BELOW = {
         "hub",
         "model",
         "classifier",
+        "folder_config",
         "processes",
         "config",
         "settings",
@@ -235,6 +257,15 @@ def test_loading_a_model_imports_no_training_code() -> None:
     loaded = done.stdout.split()
     assert "bridle.model_folder" in loaded
     assert not [name for name in loaded if name.split(".")[0] == "deepspeed" or name.startswith("bridle.training")]
+
+
+def test_the_services_own_process_imports_no_model() -> None:
+    """Its children do; here that would be seconds of each start, and their memory."""
+    script = "import sys, serving.run; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    loaded = done.stdout.split()
+    assert "serving.engine.deployment" in loaded
+    assert not {"torch", "timm", "torchvision"} & set(loaded)
 
 
 @pytest.mark.parametrize("folder", ["bridle", "serving"])

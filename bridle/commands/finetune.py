@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
         RecipeError: a count that cannot be; folds and held-out shards.
         ModelError: no model folder.
     """
+    from bridle.folder_config import read_config
     from bridle.hub import local_folder
-    from bridle.model_folder import read_config
     from bridle.settings import RecipeError
 
     config = read_config(local_folder(args.model))

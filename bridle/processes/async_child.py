@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import signal
 import socket
@@ -26,9 +27,11 @@ MAX_TO_CHILD = 1 << 40
 Main = Callable[[Line, Shared], None]
 
 
-def _enter(main: Main, title: str, understood: Any, sock: socket.socket) -> None:
+def _enter(target: str, title: str, understood: Any, sock: socket.socket) -> None:
     settle_in(title)
     memory = take_over(sock)
+    module, _, name = target.partition(":")
+    main: Main = getattr(importlib.import_module(module), name)
     main(Line(sock, understood, MAX_TO_CHILD), memory)
 
 
@@ -46,7 +49,7 @@ class AsyncChild:
     @classmethod
     async def start(
         cls,
-        main: Main,
+        target: str,
         title: str,
         begin: Message,
         *,
@@ -55,16 +58,17 @@ class AsyncChild:
         allowed: Any,
         max_payload: int,
     ) -> AsyncChild:
-        """Starts `main(line, memory)` in a process, sends its first message, waits until it is ready.
+        """Starts a process, sends its first message, waits until it is ready.
 
-        title: what it is seen as; memory: descriptor of what it shares with us; understood: union of the messages that
-        it takes; allowed: of those it may send; max_payload: bytes of a payload of its.
+        target: ``module:function`` of ``(line, memory)``, named, for only the process needs its imports; title: what
+        it is seen as; memory: descriptor of what it shares with us; understood: union of the messages that it takes;
+        allowed: of those it may send; max_payload: bytes of a payload of its.
 
         Raises:
             ProcessGoneError: it ended before it was ready. ChildError: it said why it cannot start.
         """
         ours, theirs = socket.socketpair()
-        process = CONTEXT.Process(target=_enter, args=(main, title, understood, theirs), name=title, daemon=True)
+        process = CONTEXT.Process(target=_enter, args=(target, title, understood, theirs), name=title, daemon=True)
         try:
             await asyncio.to_thread(process.start)
         except BaseException:

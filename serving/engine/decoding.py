@@ -31,7 +31,6 @@ from bridle.processes.messages import (
 from serving.engine.errors import EngineError, FaultError, ProcessEndedError
 from serving.logs import log
 from serving.metrics import Metrics
-from serving.workers import decode_worker
 from serving.workers.arena import Arena
 
 MAX_PICTURE = 64 * 1024 * 1024
@@ -185,7 +184,7 @@ class DecodePool:
 
     async def _new(self) -> AsyncChild:
         worker = await AsyncChild.start(
-            decode_worker.main,
+            "serving.workers.decode_worker:main",
             "bridle-decode",
             self._begin,
             memory=self._arena.fd,

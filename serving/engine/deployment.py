@@ -13,12 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from bridle.classifier import ClassifierConfig, is_classifier, read_classifier_config
 from bridle.cores import available_cores
+from bridle.folder_config import ClassifierConfig, ModelConfig, is_classifier, read_classifier_config, read_config
 from bridle.modalities import build_modality
 from bridle.modalities.clip import Modality
-from bridle.model import ModelConfig
-from bridle.model_folder import read_config
 from bridle.processes.async_child import AsyncChild
 from bridle.processes.messages import (
     VERSION,
@@ -42,7 +40,6 @@ from serving.engine.errors import EngineError, FaultError, ProcessEndedError
 from serving.logs import log
 from serving.metrics import Metrics
 from serving.settings import ServeSettings
-from serving.workers import model_worker
 from serving.workers.arena import Arena
 
 MAX_ANSWER = 1 << 31
@@ -338,7 +335,7 @@ class Deployment:
             log_level=settings.log_level,
         )
         self._children[device] = await AsyncChild.start(
-            model_worker.main,
+            "serving.workers.model_worker:main",
             "bridle-model",
             begin,
             memory=self.arena.fd,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bridle.classifier import Classifier, is_classifier, load_classifier
+from bridle.classifier import Classifier, load_classifier
+from bridle.folder_config import is_classifier
 from bridle.model import BridleModel
 from bridle.model_folder import load
 from bridle.modeling.encoder import Encoder
