@@ -9,17 +9,31 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import json
 import random
 import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 from http_load import Running, free_port
 
 CLIENTS = 8
 GROWTH = 300e6
 """Bytes that all processes together may grow by."""
+
+
+JSON = b'{"clips": [{"codes": [[1, 2, 3], [4, 5, 6]]}, {"codes": [[7]]}]}'
+
+
+def _npz() -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, codes_0=np.arange(6).reshape(2, 3), codes_1=np.ones((1, 4), np.int32))
+    return file.getvalue()
+
+
+NPZ = _npz()
 
 
 def mutated_file(rng: random.Random, contents: list[bytes]) -> bytes:
@@ -44,8 +58,10 @@ def request(rng: random.Random, contents: list[bytes]) -> bytes:
     )
     if kind.startswith("multipart"):
         body = b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + body + b"\r\n--b--\r\n"
-    if path == "/dequantize" and rng.random() < 0.7:
-        kind, body = "application/json", b'{"clips": [{"codes": [[1, 2, 3], [4, 5, 6]]}]}'
+    if path == "/dequantize" and rng.random() < 0.8:
+        kind, body = rng.choice((("application/json", JSON), ("application/x-npz", NPZ)))
+        if rng.random() < 0.5:
+            body = mutated_file(rng, [body])
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: {kind}\r\n".encode()
     whole = bytearray(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     if rng.random() < 0.5:

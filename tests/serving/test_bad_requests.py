@@ -235,6 +235,7 @@ def test_npz_bombs_pickles_and_lies_are_refused(client: httpx.Client) -> None:
 def test_bad_json_codes_are_refused(client: httpx.Client) -> None:
     cases = [
         (b"", 400), (b"{", 400), (b"[" * 100_000, 400), (b'{"clips":' * 50_000, 400), (b"\xff\xfe", 400),
+        (b'{"\xbaodes": []}', 400), (b'{"clips": [{"co\x8ees": [[1]]}]}', 400), (b'{"clips": [[{"\xff": 1}]]}', 400),
         (b'{"clips": [{"codes": [[NaN]]}]}', 400), (b'{"clips": [{"codes": [[%s]]}]}' % (b"9" * 10_000), 400),
         (b"[]", 422), (b"{}", 422), (b'{"clips": []}', 422), (b'{"clips": [{"codes": []}]}', 422),
         (b'{"clips": [{"codes": [[]]}]}', 422), (b'{"clips": [{"codes": [[1, 2], [3]]}]}', 422),

@@ -153,6 +153,8 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True):
 
 
 _decode = msgspec.json.Decoder(_Body).decode
+_BROKEN = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+"""What reading something raises that is no JSON; names of members that are no UTF-8 have the third."""
 
 
 def _from_json(body: bytearray, model: Deployment, settings: ServeSettings) -> list[Any]:
@@ -170,7 +172,7 @@ def _from_json(body: bytearray, model: Deployment, settings: ServeSettings) -> l
         found = _decode(body)
     except msgspec.ValidationError as error:
         raise _wrong_json(body, error) from None
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except _BROKEN as error:
         raise _no_json(error) from None
     if not found.clips:
         raise ProblemError("wrong-parameter", 'the body: expected {"clips": [{"codes": [[...], ...]}, ...]}')
@@ -181,7 +183,7 @@ def _wrong_json(body: bytearray, error: Exception) -> ProblemError:
     """JSON of another shape, or what only began like JSON."""
     try:
         msgspec.json.decode(body)
-    except (msgspec.MsgspecError, RecursionError) as broken:
+    except _BROKEN as broken:
         return _no_json(broken)
     told = str(error)[:200]
     return ProblemError("wrong-parameter", f'the body: {told}; expected {{"clips": [{{"codes": [[...], ...]}}, ...]}}')
