@@ -48,9 +48,11 @@ ROOMS = {
     "service": Room(
         (
             *(f"serving/web/{name}.py" for name in ("admission", "keys", "npz", "uploads")),
-            "serving/engine/batching.py",
+            *(f"serving/engine/{name}.py" for name in ("batching", "work")),
         ),
-        tuple(f"tests/serving/test_{name}.py" for name in ("fair_parts", "batching", "door_parts")),
+        tuple(
+            f"tests/serving/test_{name}.py" for name in ("batching", "work", "door_edges", "door_parts", "fair_parts")
+        ),
     ),
     "health": Room(("bridle/evaluation/health.py",), ("tests/evaluation/test_health.py",)),
 }

@@ -20,14 +20,18 @@ class Bench:
     def __init__(self, max_batch: int = 4, max_wait: float = 30.0) -> None:
         self.decoding = 0
         self.released: list[int] = []
+        self.metrics = Metrics()
         self.batcher = Batcher(
             "m",
             max_batch=max_batch,
             max_wait=max_wait,
             upstream=lambda: self.decoding,
             release=self.released.append,
-            metrics=Metrics(),
+            metrics=self.metrics,
         )
+
+    def sample(self, name: str) -> float | None:
+        return self.metrics.registry.get_sample_value(f"bridle_serve_{name}", {"model": "m"})
 
     def put(self, operation: str = "codes", *, slot: int | None = 0, seconds: float = 60.0, **more: object) -> Entry:
         entry = Entry(operation, time.monotonic() + seconds, slot=slot, **more)  # type: ignore[arg-type]
@@ -88,6 +92,54 @@ async def test_a_window_waits_for_those_being_decoded_and_no_longer_than_it_must
     full.decoding = 5
     both = [full.put(), full.put()]
     assert await full.batcher.next_batch() == both
+
+
+@in_loop
+async def test_only_windows_of_one_operation_fill_a_batch() -> None:
+    for operations, full in ((("codes", "embed"), False), (("embed", "codes"), False), (("codes",) * 3, True)):
+        bench = Bench(max_batch=2)
+        bench.decoding = 1
+        entries = [bench.put(operation) for operation in operations]
+        waiting = asyncio.create_task(bench.batcher.next_batch())
+        await asyncio.sleep(0.02)
+        assert waiting.done() == full
+        bench.decoding = 0
+        bench.batcher.look()
+        assert await waiting == (entries[:2] if full else entries[:1])
+        assert bench.batcher.more
+
+
+@in_loop
+async def test_what_waits_is_measured() -> None:
+    bench = Bench(max_batch=2)
+    first, second, third = bench.put(), bench.put(), bench.put()
+    late = bench.put(seconds=-1.0)
+    await asyncio.sleep(0.05)
+    assert await bench.batcher.next_batch() == [first, second]
+    assert 0.04 < first.queue_seconds < 5
+    assert late.future.done() and not third.future.done()
+    assert bench.sample("queue_seconds_count") == 2
+    assert bench.sample("queue_seconds_sum") == pytest.approx(first.queue_seconds + second.queue_seconds)
+    assert (bench.sample("batch_size_count"), bench.sample("batch_size_sum")) == (1, 2)
+    assert bench.sample("dropped_total") == 1
+    assert (await bench.batcher.next_batch(), bench.batcher.more) == ([third], False)
+    bench.decoding = 1
+    assert bench.batcher.more
+
+
+@in_loop
+async def test_an_answer_is_given_once_and_its_slot_given_back_once() -> None:
+    bench = Bench()
+    entry = bench.put(slot=0)
+    assert await bench.batcher.next_batch() == [entry]
+    bench.batcher.finish(entry, ValueError("first"))
+    bench.batcher.finish(entry, np.ones(1))
+    assert bench.released == [0]
+    with pytest.raises(ValueError, match="first"):
+        await entry.future
+    free = bench.put("dequantize", slot=None, codes=np.zeros((1, 1), np.int64))
+    bench.batcher.finish(free, np.ones(1))
+    assert bench.released == [0]
 
 
 @in_loop

@@ -7,18 +7,20 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from serving.metrics import Metrics
 from serving.settings import ServeSettings
+from serving.web import admission as admission_module
 from serving.web.admission import Admission
 from serving.web.problems import ProblemError
 
 
-def admission(**settings: Any) -> Admission:
-    return Admission(ServeSettings(models=("x",), **settings), Metrics())
+def admission(metrics: Metrics | None = None, **settings: Any) -> Admission:
+    return Admission(ServeSettings(models=("x",), **settings), metrics or Metrics())
 
 
 def test_a_request_of_many_files_needs_as_many_places() -> None:
@@ -83,6 +85,122 @@ def test_retry_after_follows_the_rate_of_the_last_answers() -> None:
         places.take_files(8)
         places.close()
     assert part.retry_after == 1.0
+
+
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the time that admission goes by."""
+
+    def go(now: float) -> None:
+        monkeypatch.setattr(admission_module.time, "monotonic", lambda: now)
+
+    return go
+
+
+def test_who_was_here_within_ten_seconds_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, part = at(monkeypatch), admission(max_queue=8, max_share=0.5)
+    go(1000.0)
+    part.places("other")
+    part.places("greedy").take_files(4)
+    go(1009.9)
+    with pytest.raises(ProblemError, match="4 files of yours are under way, and others wait; a share is 4"):
+        part.places("greedy").take_files(1)
+    go(1010.1)
+    part.places("greedy").take_files(1)
+    go(1011.0)
+    part.places("other")
+    with pytest.raises(ProblemError, match="5 files of yours"):
+        part.places("greedy").take_files(1)
+
+
+def test_a_share_is_filled_to_its_last_place_and_no_further() -> None:
+    part = admission(max_queue=9, max_share=0.5, max_queue_bytes=101)
+    part.places("other")
+    greedy = part.places("greedy")
+    greedy.take_files(1)
+    greedy.take_files(3)
+    greedy.take_bytes(1)
+    greedy.take_bytes(49)
+    with pytest.raises(ProblemError, match="50 bytes of yours are under way, and others wait; a share is 50"):
+        greedy.take_bytes(1)
+    with pytest.raises(ProblemError, match="a share is 4"):
+        greedy.take_files(1)
+    part.places("other").take_files(5)
+    with pytest.raises(ProblemError, match="9 files are under way, max_queue is 9"):
+        part.places("third").look()
+
+
+def test_only_so_many_clients_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crowd(remembered: int) -> Admission:
+        monkeypatch.setattr(admission_module, "MAX_CLIENTS", remembered)
+        part = admission(max_queue=8, max_share=0.5)
+        part.places("other")
+        part.places("greedy").take_files(4)
+        part.places("greedy")
+        return part
+
+    with pytest.raises(ProblemError, match="others wait"):
+        crowd(2).places("greedy").take_files(1)
+    crowd(1).places("greedy").take_files(1)  # the other one, who was here first, is forgotten
+
+
+def test_what_is_given_back_is_given_back_once() -> None:
+    metrics = Metrics()
+    part, sample = admission(metrics, max_queue=8, max_queue_bytes=100), metrics.registry.get_sample_value
+    places = part.places("a")
+    places.take_files(5)
+    places.take_bytes(70)
+    assert (sample("bridle_serve_queued"), sample("bridle_serve_upload_bytes")) == (5, 70)
+    places.give_back_files()
+    assert (sample("bridle_serve_queued"), sample("bridle_serve_upload_bytes")) == (0, 70)
+    places.close()
+    places.close()
+    assert (places.files, places.bytes) == (0, 0)
+    assert (sample("bridle_serve_queued"), sample("bridle_serve_upload_bytes")) == (0, 0)
+    part.places("b").take_files(8)
+    part.places("b").take_bytes(100)
+    with pytest.raises(ProblemError, match="8 files are under way"):
+        part.places("b").take_files(1)
+
+
+def test_retry_after_is_half_the_time_that_those_before_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, part = at(monkeypatch), admission(max_queue=500, max_queue_bytes=10**9)
+    go(1000.0)
+    held = part.places("a")
+    held.take_files(100)
+    done = part.places("a")
+    done.take_files(1)
+    done.give_back_files()
+    assert part.retry_after == 1.0  # one answer tells no rate
+    done.take_files(3)
+    go(1004.0)
+    done.give_back_files()
+    assert part.retry_after == 0.5 * 100 * 4 / 4
+    go(1002.0)
+    assert part.retry_after == 0.5 * 100 * 2 / 4
+    go(1000.1)
+    assert part.retry_after == pytest.approx(0.5 * 100 * 0.1 / 4)
+    go(1000.0)
+    assert part.retry_after == 1.0
+    go(1100.0)
+    assert part.retry_after == 60.0
+    done.take_files(200)
+    done.give_back_files()  # of which the last 64 are remembered
+    go(1101.28)
+    assert part.retry_after == pytest.approx(1.0)
+    with pytest.raises(ProblemError) as found:
+        part.places("b").take_files(401)
+    assert found.value.retry_after == part.retry_after
+
+
+def test_a_timeout_has_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, part = at(monkeypatch), admission(request_timeout=5.0)
+    go(1000.0)
+    assert part.deadline("0.1") == 1000.1
+    assert part.deadline("5") == part.deadline("5.1") == part.deadline(None) == 1005.0
+    for wrong in ("0.09", "-inf", "1" + "0" * 60 + "x"):
+        with pytest.raises(ProblemError, match=r"expected seconds, at least 0\.1$") as found:
+            part.deadline(wrong)
+        assert repr(wrong[:40]) in found.value.detail
 
 
 SCRIPT = """
