@@ -1,6 +1,6 @@
 """Faults put in on purpose, one after another, and whether the tests nearest to them notice: `make mutants`.
 
-    python tools/mutants.py [--count 60] [--seed 0] [--only modeling]
+    python tools/mutants.py [--count 60] [--seed 0] [--seconds 300] [--only modeling]
 
 cosmic-ray (PyPI) makes the faults, in a copy of the tree under build/; of each room's, `--count` are drawn. Prints the
 share that tests caught and each that none did, as a diff. Hours for all of them: `--count 100000`.
@@ -27,6 +27,7 @@ COPY = ROOT / "build" / "mutants"
 MEANINGLESS = ("ReplaceBinaryOperator_BitOr", "RemoveDecorator")
 """Kinds of fault left out: `|` stands in annotations almost everywhere, which nothing evaluates."""
 SECONDS = 300.0
+"""Time for a room's tests; those that take longer have noticed."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for a room's tests; longer counts as caught")
     parser.add_argument("--only", choices=sorted(ROOMS))
     args = parser.parse_args()
     copy_tree()
@@ -70,7 +72,7 @@ def main() -> int:
     caught = drawn = 0
     for name, room in ROOMS.items():
         if args.only in (None, name):
-            found, total = survey(name, room, args.count, args.seed)
+            found, total = survey(name, room, args)
             caught, drawn = caught + found, drawn + total
     print(f"all: {caught} of {drawn} caught ({caught / max(1, drawn):.3f})")
     return 0
@@ -85,7 +87,7 @@ def copy_tree() -> None:
         shutil.copy2(ROOT / name, target, follow_symlinks=False)
 
 
-def survey(name: str, room: Room, count: int, seed: int) -> tuple[int, int]:
+def survey(name: str, room: Room, args: argparse.Namespace) -> tuple[int, int]:
     """How many of the drawn faults were caught, and how many there were."""
     command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider -m 'not slow' {' '.join(room.tests)}"
     if subprocess.run(command, shell=True, capture_output=True, check=False).returncode:
@@ -96,10 +98,11 @@ def survey(name: str, room: Room, count: int, seed: int) -> tuple[int, int]:
     with use_db(str(COPY / f"{name}.sqlite"), WorkDB.Mode.create) as database:
         init(sorted(files), database, {})
         items: list[WorkItem] = [item for item in database.work_items if meaningful(item)]
-    chosen = random.Random(seed).sample(sorted(items, key=lambda item: str(item.mutations)), min(count, len(items)))
+    items.sort(key=lambda item: str(item.mutations))
+    chosen = random.Random(args.seed).sample(items, min(args.count, len(items)))
     caught = 0
     for number, item in enumerate(chosen, start=1):
-        result = mutate_and_test(item.mutations, command, SECONDS)
+        result = mutate_and_test(item.mutations, command, args.seconds)
         caught += result.is_killed
         if not result.is_killed:
             print(result.diff, flush=True)

@@ -146,8 +146,12 @@ def test_everything_is_reached_and_worked_by_keyboard(
             code = int(codes[0, 0])
             count = int((codes[:, 0] == code).sum())
             told = browser.find_element(By.ID, "places").text
-            assert told.startswith(f"Code {code} of codebook 1: {count} of {len(codes)} places, at 0.00")
+            assert told.startswith(f"Code {code} of codebook 1: {count} of {len(codes)} places, at seconds 0.00")
             assert browser.find_element(By.ID, "hear").is_displayed()
+            steps = len({int(at) // 8 for at in (codes[:, 0] == code).nonzero()})
+        if active.get_attribute("id") == "hear":
+            active.send_keys(Keys.ENTER)
+            wait(browser, f"Playing {min(steps, 60)} patches of code {code}.")
         if active.get_attribute("id") == "coarse":
             active.send_keys(Keys.ARROW_LEFT)
             told = told_in(browser, "coarse-said", "3 of 4 codebooks")
@@ -200,8 +204,16 @@ def test_sound_plays_with_the_cursor_and_two_files_are_compared(
     common = browser.find_element(By.ID, "common")
     WebDriverWait(browser, 30).until(lambda _: "first.flac" in common.text)
     assert common.text.count("100 %") == 4
+    pixels = "const c = arguments[0]; return c.toDataURL()"
+    layers = browser.find_elements(By.CSS_SELECTOR, "#layers .layer")
+    for layer in layers:  # the file beside itself looks the same
+        own, beside = layer.find_elements(By.TAG_NAME, "canvas")
+        assert browser.execute_script(pixels, own) == browser.execute_script(pixels, beside)
     browser.find_element(By.ID, "other").send_keys(str(tmp_path / "second.flac"))
     WebDriverWait(browser, 30).until(lambda _: "second.flac" in common.text)
+    assert len(browser.find_elements(By.CLASS_NAME, "beside")) == len(layers) == 4
+    label = browser.find_element(By.CSS_SELECTOR, ".beside canvas").get_attribute("aria-label")
+    assert str(label).startswith("Codebook 1 of second.flac: ")
     browser.set_window_size(420, 900)
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     if folder := os.environ.get("BRIDLE_SCREENSHOTS"):

@@ -3,7 +3,7 @@
 
 let picked = null;
 let other = null;
-const MOST_PIECES = 60;
+const MOST_PIECES = 60, MOST_TOLD = 12;
 
 function ready() {
   const player = by("player");
@@ -59,10 +59,13 @@ function pick(book, position) {
     pen.fillStyle = "rgb(0 0 0 / 65%)";
     pen.fillRect(0, 0, above.width, above.height);
     for (const at of places) pen.clearRect(...cell(below, at), 1, 1);
+    above.style.height = `${below.clientHeight}px`;
     layer.append(above);
   });
+  const when = clip.duration_s === null ? [] : times(places).map(([from]) => from.toFixed(2));
+  const told = when.slice(0, MOST_TOLD).join(", ") + (when.length > MOST_TOLD ? ` and ${when.length - MOST_TOLD} more` : "");
   by("places").textContent = `Code ${code} of codebook ${book + 1}: ${places.length} of ${clip.codes[book].length} places` +
-    (clip.duration_s === null ? "." : `, at ${times(places).map(([from]) => from.toFixed(2)).slice(0, 12).join(", ")} s.`);
+    (when.length ? `, at seconds ${told}.` : ".");
   by("hear").hidden = clip.duration_s === null;
 }
 
@@ -119,6 +122,7 @@ async function coarsen() {
 }
 
 function compare() {
+  document.querySelectorAll("#layers .beside").forEach((old) => old.remove());
   if (!clip || !other) { by("common").textContent = ""; return; }
   if (other.model !== clip.model) { by("common").textContent = `The other file was read by another model (${other.model}).`; return; }
   const shares = clip.codes.map((codes, book) => {
@@ -126,7 +130,14 @@ function compare() {
     return codes.filter((code) => known.has(code)).length / codes.length;
   });
   by("common").textContent = `Positions whose code is also in ${other.file}: ` +
-    shares.map((share, book) => `codebook ${book + 1}: ${(100 * share).toFixed(0)} %`).join(", ") + ".";
+    shares.map((share, book) => `codebook ${book + 1}: ${(100 * share).toFixed(0)} %`).join(", ") +
+    `. Its codes stand below those of ${file.name}.`;
+  document.querySelectorAll("#layers .layer").forEach((layer, book) => {
+    const beside = Object.assign(document.createElement("div"), { className: "beside" });
+    beside.append(paint(other, book, `Codebook ${book + 1} of ${other.file}`),
+      Object.assign(document.createElement("span"), { textContent: other.file }));
+    layer.append(beside);
+  });
 }
 
 async function readOther() {

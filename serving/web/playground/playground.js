@@ -60,10 +60,10 @@ async function showPicture(answer) {
   await image.decode();
 }
 
-function shape() {
+function shape(one = clip) {
   // Columns are the first axis where it is time; other axes are stacked as rows. A still is rows by columns.
-  const sizes = Object.values(clip.grid);
-  const timed = "time" in clip.grid;
+  const sizes = Object.values(one.grid);
+  const timed = "time" in one.grid;
   const steps = timed ? sizes[0] : 1;
   const rest = timed ? sizes.slice(1) : sizes;
   return { timed, steps, rest, perStep: rest.reduce((a, b) => a * b, 1) };
@@ -110,25 +110,30 @@ function colour(code) {
   return `rgb(${parts.map((part) => Math.floor(Math.min(Math.max(part, 0), 255) + 0.5)).join(" ")})`;
 }
 
+function paint(one, book, name) {
+  const { timed, steps, rest, perStep } = shape(one);
+  const canvas = document.createElement("canvas");
+  const [rows, columns] = rest.length === 2 ? rest : [perStep, 1];
+  canvas.width = timed ? steps * columns : columns;
+  canvas.height = rows;
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", `${name}: ${new Set(one.codes[book]).size} different codes`);
+  const pen = canvas.getContext("2d");
+  one.codes[book].forEach((code, position) => {
+    const step = Math.floor(position / perStep), inside = position % perStep;
+    let row = Math.floor(inside / columns);
+    const column = step * columns + inside % columns;
+    if ("frequency" in one.grid) row = rows - 1 - row;  // low frequencies at the bottom, as in the spectrogram
+    pen.fillStyle = colour(code);
+    pen.fillRect(column, row, 1, 1);
+  });
+  return canvas;
+}
+
 function drawLayers() {
-  const { timed, steps, rest, perStep } = shape();
   const layers = [], boxes = [];
   for (let book = 0; book < clip.codebooks; book++) {
-    const canvas = document.createElement("canvas");
-    const [rows, columns] = rest.length === 2 ? rest : [perStep, 1];
-    canvas.width = timed ? steps * columns : columns;
-    canvas.height = rows;
-    canvas.setAttribute("role", "img");
-    canvas.setAttribute("aria-label", `Codebook ${book + 1}: ${new Set(clip.codes[book]).size} different codes`);
-    const pen = canvas.getContext("2d");
-    clip.codes[book].forEach((code, position) => {
-      const step = Math.floor(position / perStep), inside = position % perStep;
-      let row = Math.floor(inside / columns);
-      const column = step * columns + inside % columns;
-      if ("frequency" in clip.grid) row = rows - 1 - row;  // low frequencies at the bottom, as in the spectrogram
-      pen.fillStyle = colour(code);
-      pen.fillRect(column, row, 1, 1);
-    });
+    const canvas = paint(clip, book, `Codebook ${book + 1}`);
     const layer = Object.assign(document.createElement("div"), { className: "layer", id: `layer-${book}` });
     const mark = Object.assign(document.createElement("div"), { className: "mark" });
     layer.append(canvas, mark, Object.assign(document.createElement("span"), { textContent: `codebook ${book + 1}` }));
