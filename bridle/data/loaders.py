@@ -45,8 +45,16 @@ def load(dataset: Dataset[Any], workers: int, sampler: Sampler[Any] | None = Non
 
 
 def _watched(items: Iterator[Any], workers: int) -> Iterator[Any]:
-    with _clear_death(workers, getattr(items, "_workers", [])):
-        yield from items
+    processes = getattr(items, "_workers", [])
+    try:
+        with _clear_death(workers, processes):
+            yield from items
+    except Exception:
+        # The error holds what torch would end them with, and torch asks them to end by a signal that they do not hear.
+        for process in processes:
+            process.kill()
+            process.join()
+        raise
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -212,6 +213,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(shards: ShardSet) -> None:
     with pytest.raises(ShardError, match=r"a loader process died .*fewer workers"):
         for _ in stream.micro_batches(rank=0, world=1, workers=2, **options):
             pass
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(
@@ -249,6 +251,7 @@ def test_a_fault_in_the_program_is_no_corrupt_sample(shards: ShardSet, workers: 
     options = {"start": 0, "stop": 150, "batch_size": 8, "micro_batch_size": 8}
     with pytest.raises(RuntimeError, match="a fault in the program"):
         next(stream.micro_batches(rank=0, world=1, workers=workers, **options))
+    assert not multiprocessing.active_children()
 
 
 def test_more_shards_than_files_may_be_open(tmp_path: Path, make_tar: MakeTar, monkeypatch: pytest.MonkeyPatch) -> None:
