@@ -260,7 +260,7 @@ def test_loading_a_model_imports_no_training_code() -> None:
 
 
 def test_the_services_own_process_imports_no_model() -> None:
-    """Its children do; here that would be seconds of each start, and their memory."""
+    """Its children do; here that would be seconds of each start, and memory for nothing."""
     script = "import sys, serving.run; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     loaded = done.stdout.split()

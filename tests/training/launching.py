@@ -15,6 +15,7 @@ import psutil
 from warm import WarmProcess, run_warm
 
 ROOT = Path(__file__).parents[2]
+BRIDLE = str(Path(sys.executable).with_name("bridle"))
 TINY = Path(__file__).with_name("tiny.yaml")
 TIMES = {
     "samples_per_second", "step_seconds", "data_wait", "forward", "backward", "optimizer", "codebooks", "straggling",

@@ -13,7 +13,7 @@ from typing import Any
 
 import boto3
 import pytest
-from launching import ROOT, TIMES, TINY, command, environment, pretrain, rows
+from launching import BRIDLE, ROOT, TIMES, TINY, command, environment, pretrain, rows
 from moto.server import ThreadedMotoServer
 from warm import WarmProcess, run_warm
 
@@ -78,8 +78,7 @@ class Node:
         return self.process.wait(timeout=200)
 
     def bridle(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        program = str(Path(sys.executable).with_name("bridle"))
-        return subprocess.run([program, *arguments], env=self.variables, capture_output=True, text=True, check=False)
+        return run_warm([sys.executable, BRIDLE, *arguments], env=self.variables, cwd=ROOT)
 
 
 def keys(bucket: Any, prefix: str) -> set[str]:

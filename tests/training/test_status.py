@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, environment, output_of, pretrain, start, wait_for, wait_for_rows
-
-BRIDLE = str(Path(sys.executable).with_name("bridle"))
+from launching import BRIDLE, ROOT, environment, output_of, pretrain, start, wait_for, wait_for_rows
 
 
 def status(run: Path, *more: str) -> tuple[int, str]:

@@ -101,6 +101,7 @@ def the_template() -> tuple[socket.socket, IO[bytes]]:
         "DS_ACCELERATOR": "cpu",
         "PYTHONUNBUFFERED": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "CUDA_VISIBLE_DEVICES": "",  # a GPU that an import looked at could not be used after a fork
     }
     with theirs:
         subprocess.Popen(
