@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
         RecipeError: no run there.
         OSError: the page cannot be written.
     """
+    from bridle.evaluation.finetune_page import is_tuned, tuned_page
     from bridle.evaluation.report import build_report, headline, page
     from bridle.evaluation.run_folder import read_run
     from bridle.files import whole_file
@@ -29,14 +30,18 @@ def run(args: argparse.Namespace) -> int:
     from bridle.training.remote_store import RemoteStore, is_remote
 
     with on_disk(args.run, is_reported) as run:
-        report = build_report(read_run(run))
+        if is_tuned(run):
+            html, said, notes = tuned_page(run)
+        else:
+            report = build_report(read_run(run))
+            html, said, notes = page(report), headline(report), report.notes
         target = args.out or run / "report.html"
         with whole_file(target) as aside:
-            aside.write_text(page(report), encoding="utf-8")
+            aside.write_text(html, encoding="utf-8")
         if args.out is None and is_remote(args.run):
             RemoteStore(args.run).put(target, "report.html")
-    for note in report.notes:
+    for note in notes:
         print(f"bridle report: {note}", file=sys.stderr)
-    print(headline(report), file=sys.stderr)
+    print(said, file=sys.stderr)
     print(args.out or f"{args.run.rstrip('/')}/report.html")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import sample_files, write_classifier
 from torchmetrics.functional.classification import multiclass_accuracy, multilabel_average_precision
 
+from bridle.classifier import load_classifier
+from bridle.cli import main
 from bridle.evaluation.classification import (
     SCORES,
     Scored,
@@ -21,6 +25,7 @@ from bridle.evaluation.classification import (
     values,
     write_scores,
 )
+from bridle.evaluation.probe_scores import accuracy, balanced_accuracy, draws, mean_average_precision, top_accuracy
 
 
 def scored(seed: int, files: int = 40, classes: int = 7, skill: float = 1.0) -> Scored:
@@ -57,6 +62,34 @@ def test_mean_average_precision_is_torchmetrics(seed: int, files: int, classes: 
     assert found == pytest.approx(float(multilabel_average_precision(scores, targets.long(), classes)), abs=1e-5)
 
 
+@given(seed=st.integers(0, 10_000), files=st.integers(8, 40), classes=st.integers(6, 9))
+def test_on_a_bootstrap_draw_metrics_are_torchmetrics_on_the_files_as_often_as_drawn(
+    seed: int, files: int, classes: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(files, classes, generator=generator, dtype=torch.float64).softmax(1)
+    labels = torch.randint(classes, (files,), generator=generator)
+    targets = torch.nn.functional.one_hot(labels, classes).bool()
+    drawn = draws([str(i) for i in range(files)], 3, seed)
+    for row in range(1, 4):
+        taken = torch.repeat_interleave(torch.arange(files), drawn[row].long())
+        given = scores[taken], labels[taken], classes
+        theirs = [
+            multiclass_accuracy(*given, average="micro"),
+            multiclass_accuracy(*given, average="none")[labels[taken].unique()].mean(),
+            multiclass_accuracy(*given, average="micro", top_k=5),
+        ]
+        ours = [
+            accuracy(scores, targets, drawn)[row], balanced_accuracy(scores, targets, drawn)[row],
+            top_accuracy(scores, targets, drawn, 5)[row],
+        ]  # fmt: skip
+        assert [float(value) for value in ours] == pytest.approx([float(value) for value in theirs], abs=1e-6)
+        several = torch.rand(files, classes, generator=generator) < 0.4
+        several[taken[0]] = True  # torchmetrics has no figure for a class that never occurs
+        wanted = multilabel_average_precision(scores[taken], several[taken].long(), classes)
+        assert float(mean_average_precision(scores, several, drawn)[row]) == pytest.approx(float(wanted), abs=1e-5)
+
+
 def test_an_interval_holds_the_figure_and_narrows_with_more_files() -> None:
     few, many = (figures(one.scores, one.targets, False)["accuracy"] for one in (scored(0), scored(0, files=1600)))
     assert few[1] < few[0] < few[2] and many[1] < many[0] < many[2]
@@ -88,3 +121,29 @@ def test_scores_come_back_as_they_were_kept(tmp_path: Path) -> None:
     (tmp_path / SCORES).write_bytes((tmp_path / SCORES).read_bytes()[:200])
     with pytest.raises(ValueError, match="damaged"):
         read_scores(tmp_path)
+
+
+def test_a_film_is_told_by_its_clips_and_crops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_classifier(tmp_path / "films", "video")
+    classifier = load_classifier(folder)
+    data = max(sample_files("video", ("mp4", "webm", "avi"), 200), key=len)
+    film = tmp_path / "film.mp4"
+    film.write_bytes(data)
+    found = {}
+    for clips, crops in ((1, 1), (3, 1), (5, 3)):
+        words = ["classify", str(folder), str(film), "--top", "7", "--clips", str(clips), "--crops", str(crops)]
+        assert main(words) == 0
+        classes = json.loads(capsys.readouterr().out)["classes"]
+        found[clips, crops] = {each["class"]: each["probability"] for each in classes}
+    for clips, crops in ((3, 1), (5, 3)):
+        starts, places = np.linspace(0, 1, clips), [0] if crops == 1 else [-1, 0, 1]
+        seen = torch.stack(
+            [classifier.modality.view(data, start, place).values for start in starts for place in places]
+        )
+        assert len(seen.flatten(1).unique(dim=0)) > clips * crops // 2, "views differ"
+        mean = classifier.probabilities(seen).mean(0)
+        assert list(map(found[clips, crops].get, classifier.config.classes)) == pytest.approx(mean.tolist(), abs=1e-5)
+    whole = classifier.classify(film).tolist()
+    assert list(map(found[1, 1].get, classifier.config.classes)) == pytest.approx(whole, abs=1e-5)
+    assert main(["classify", str(write_classifier(tmp_path / "sounds")), str(film), "--clips", "3"]) == 2
+    assert "for films, and" in capsys.readouterr().err

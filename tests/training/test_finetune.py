@@ -169,9 +169,36 @@ def test_a_model_is_no_classifier_and_a_classifier_no_model(
 def test_what_looks_at_runs_knows_a_fine_tuned_one(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(undisturbed)]) == 3
     assert "finished" in capsys.readouterr().out
-    for words in (["report", str(undisturbed)], ["export", str(undisturbed), str(undisturbed / "x")]):
-        assert main(words) == 2
-        assert f"{undisturbed}/classifier" in capsys.readouterr().err
+    assert main(["export", str(undisturbed), str(undisturbed / "x")]) == 2
+    assert f"{undisturbed}/classifier" in capsys.readouterr().err
+
+
+def test_the_report_of_a_fine_tuned_run_is_a_page_of_its_figures(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads((undisturbed / "classifier" / "heldout.json").read_text())["figures"]
+    assert main(["report", str(undisturbed), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+    for figure in found.values():
+        low, high = figure["interval"]
+        assert f"<td>{figure['value']:.3f} [{low:.3f}, {high:.3f}]</td>" in page
+    with np.load(undisturbed / "heldout_scores.npz") as scored:
+        right = (scored["scores"].argmax(1)[:, None] == np.arange(len(scored["classes"]))) & scored["targets"]
+        for number, name in enumerate(scored["classes"].tolist()):
+            own = int(scored["targets"][:, number].sum())
+            share = f"{right[:, number].sum() / own:.3f}" if own else "–"
+            assert f"<td>{name}</td><td>{own}</td><td>{share}</td>" in page
+    assert "audio-test, sha256" in page and page.count("<svg") == 1
+    assert f"accuracy {found['accuracy']['value']:.3f}" in capsys.readouterr().err
+
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copy(undisturbed / "recipe.yaml", begun)
+    (begun / "metrics.jsonl").write_text((undisturbed / "metrics.jsonl").read_text()[:-20])
+    assert main(["report", str(begun)]) == 0
+    told = capsys.readouterr().err
+    assert "1 damaged lines" in told and "begun is not finished" in told and "no held-out figures yet" in told
 
 
 def test_compare_pairs_runs_and_refuses_others(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:

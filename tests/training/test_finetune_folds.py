@@ -1,0 +1,73 @@
+"""ESC-50's five folds through the command, on a miniature of its download, to their table and page."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from launching import ROOT, environment
+from small_models import write_model
+
+from bridle.cli import main
+
+FOLDS = ["1", "2", "3", "4", "5"]
+SHORT = [
+    "clip.seconds=1.0", "phases.0.epochs=null", "phases.0.warmup_epochs=null", "phases.0.steps=6",
+    "phases.0.warmup_steps=1", "train.batch_size=8", "train.micro_batch_size=8", "train.log_every=2",
+    "train.prometheus_port=0", "data.workers=0",
+]  # fmt: skip
+
+
+def write_esc50(root: Path) -> None:
+    """Two classes, two sounds of each in every fold: a low and a high tone in noise."""
+    (root / "meta").mkdir(parents=True)
+    (root / "audio").mkdir()
+    rng, lines = np.random.default_rng(0), ["filename,fold,target,category"]
+    for fold in FOLDS:
+        for number, (name, pitch) in enumerate([("cow", 250), ("bird", 3000)] * 2):
+            time = np.arange(14_400) / 16_000
+            file = f"{fold}-{number}-A-{number % 2}.wav"
+            sound = 0.3 * np.sin(2 * np.pi * pitch * time) + rng.normal(0, 0.03, len(time))
+            soundfile.write(root / "audio" / file, sound.astype(np.float32), 16_000)
+            lines.append(f"{file},{fold},{number % 2},{name}")
+    (root / "meta" / "esc50.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.slow  # five runs are what five folds are
+def test_each_fold_is_held_out_in_its_turn_and_all_files_are_scored_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_esc50(tmp_path / "ESC-50-master")
+    shards, run = tmp_path / "ESC50", tmp_path / "run"
+    assert main(["shards", "build", "--kind", "esc50", str(tmp_path / "ESC-50-master"), str(shards)]) == 0
+    model = write_model(tmp_path / "model")
+    command = [sys.executable, "-m", "bridle.cli", "finetune", str(model), str(shards / "*.tar"), *SHORT]
+    command += ["--recipe", "esc50", "--run", str(run), "--folds", *FOLDS]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = [
+        line for line in done.stdout.splitlines() if " files, accuracy " in line and line.startswith(("fold", "all"))
+    ]
+    assert [line.partition(", accuracy")[0] for line in table] == [
+        *(f"fold-{fold}: 4 files" for fold in FOLDS), "all folds: 20 files"
+    ]  # fmt: skip
+    for fold in FOLDS:
+        with np.load(run / f"fold-{fold}" / "heldout_scores.npz") as scored:
+            assert sorted(Path(name).name for name in scored["files"].tolist()) == [
+                f"{fold}-{number}-A-{number % 2}" for number in range(4)
+            ]
+            assert scored["classes"].tolist() == ["bird", "cow"]
+    capsys.readouterr()
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    every = table[-1].split("accuracy ")[1].partition(", ")[0]
+    assert f"<td>all folds</td><td>20</td><td>{every.split(' [')[0]} [" in page
+    assert page.count("Curves of fold-") >= 5 and "<td>bird</td><td>10</td>" in page
+    assert "accuracy" in capsys.readouterr().err
+    assert main(["compare", str(run), "--with", str(run)]) == 0
