@@ -64,6 +64,7 @@ BELOW = {
         "data",
         "model_folder",
         "classifier",
+        "finetune_recipe",
         "tokens",
     },
     "training": {
