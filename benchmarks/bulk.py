@@ -68,13 +68,12 @@ def measure(modality: str, folder: Path, arguments: argparse.Namespace) -> dict[
     model = bridle.load(write_model(folder / "model", modality))
     shards = copies(modality, folder / "few", arguments.shards, arguments.times)
     samples = len(open_shards(shards, extensions=model.modality.extensions))
-    ways: dict[str, Callable[[], None]] = {
+    ways: dict[str, Callable[[], float | None]] = {
         "bare": lambda: bare(model, shards),
         "bulk": lambda: bulk(model, shards, str(fresh(folder / "out"))),
     }
     if arguments.ray:
         ways["ray"] = lambda: ray_map_batches(str(folder / "model"), shards, model)
-        ways["ray"]()  # starts Ray
     clock: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     ways["bulk"]()
@@ -82,8 +81,8 @@ def measure(modality: str, folder: Path, arguments: argparse.Namespace) -> dict[
         names = list(ways)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             wall, used = time.perf_counter(), time.process_time()
-            ways[name]()
-            clock[name].append(time.perf_counter() - wall)
+            seconds = ways[name]()
+            clock[name].append(time.perf_counter() - wall if seconds is None else seconds)
             cpu[name].append(time.process_time() - used)
     found: dict[str, Any] = {f"{name}_per_second": samples / statistics.median(clock[name]) for name in ways}
     for name in ways:
@@ -119,21 +118,24 @@ class _Plain:
         self.model = bridle.load(folder)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"codes": [self.model.tokenize(data).codes.numpy().tobytes() for data in batch["bytes"]]}
+        began = time.time()
+        codes = [self.model.tokenize(data).codes.numpy().tobytes() for data in batch["bytes"]]
+        return {"codes": codes, "began": [began] * len(codes), "ended": [time.time()] * len(codes)}
 
 
-def ray_map_batches(folder: str, shards: list[str], model: BridleModel) -> None:
-    """One actor, one CPU; the files are put into the object store first, which is not counted against it elsewhere."""
+def ray_map_batches(folder: str, shards: list[str], model: BridleModel) -> float:
+    """Seconds from one actor's first batch to its last, so that its start does not count; the files are put into the
+    object store first."""
     import ray
 
     ray.init(ignore_reinit_error=True, num_cpus=2, include_dashboard=False, log_to_driver=False)
     found = open_shards(shards, extensions=model.modality.extensions)
     rows = [{"bytes": found.data(i)} for i in range(len(found))]
-    dataset = ray.data.from_items(rows).map_batches(
+    dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // 256)).map_batches(
         _Plain, fn_constructor_args=(folder,), concurrency=1, num_cpus=1, batch_size=32
     )
-    for _ in dataset.iter_rows():
-        pass
+    times = [(row["began"], row["ended"]) for row in dataset.iter_rows()]
+    return float(max(ended for _, ended in times) - min(began for began, _ in times))
 
 
 def peak(folder: Path, shards: str) -> float:
