@@ -164,7 +164,7 @@ def build_engine(
     slow: str | None = None,
     rate_of: Callable[[str], float] | None = None,
 ) -> Any:
-    """Wraps a phase's module; its optimizer is torch's AdamW, which compiles nothing, on a GPU in one kernel.
+    """Wraps a phase's module; its optimizer is torch's AdamW in one fused kernel, which compiles nothing.
 
     slow: name of the child whose weights rest in some steps (see `SlowStep`); rate_of: from a parameter's name to the
     share of the learning rate that it gets; none: all of it.
@@ -191,7 +191,7 @@ def build_engine(
         ],
         lr=lr,
         betas=train.betas,
-        fused=next(module.parameters()).is_cuda or None,
+        fused=True,
     )
     with contextlib.redirect_stdout(io.StringIO()):  # ZeRO stage 1 in bfloat16 prints what memory it takes
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))

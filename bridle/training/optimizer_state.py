@@ -74,8 +74,7 @@ def create_state(engine: Any) -> None:
     """
     inner = _inner(engine)
     for flat in _flat_partitions(engine):
-        # Where torch keeps the count, too: a fused step reads it on the device.
-        count = torch.zeros((), device=flat.device if inner.defaults["fused"] else "cpu")
+        count = torch.zeros((), device=flat.device)  # where a fused step reads it
         inner.state[flat] = {"step": count, **{key: torch.zeros_like(flat) for key in MOMENTS}}
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:

@@ -70,6 +70,44 @@ def test_two_ranks_on_one_gpu_are_refused_by_name_before_nccl_fails():
         refuse_shared_gpus([*places, Place(4, "node-1", "net", "10.0.0.1", 1, "", "A")])
 
 
+STEPS = """
+import torch
+from bridle.config import TrainSettings
+from bridle.training.engine import build_engine, read_ds_config, resolve_ds_config
+from bridle.training.rendezvous import join, leave
+join()
+train = TrainSettings(batch_size=1, betas=(0.9, 0.95), weight_decay=0.1, gradient_clipping=1000.0)
+torch.manual_seed(0)
+layer = torch.nn.Linear(64, 64)
+exact = layer.weight.detach().double().clone().requires_grad_()
+bias = layer.bias.detach().double()
+means, squares = torch.zeros_like(exact), torch.zeros_like(exact)
+engine = build_engine(layer, resolve_ds_config(read_ds_config("builtin:zero2"), "zero2", train, 1), train, 1e-2)
+for step in range(1, 21):
+    rows = torch.randn(8, 64)
+    loss = engine(rows).pow(2).sum()
+    engine.backward(loss)
+    engine.step()
+    (gradient,) = torch.autograd.grad((rows.double() @ exact.T + bias).pow(2).sum(), exact)
+    bias = layer.bias.detach().double()
+    with torch.no_grad():
+        means = 0.9 * means + 0.1 * gradient
+        squares = 0.95 * squares + 0.05 * gradient**2
+        change = (means / (1 - 0.9**step)) / ((squares / (1 - 0.95**step)).sqrt() + 1e-8)
+        exact.mul_(1 - 1e-2 * 0.1).sub_(1e-2 * change)
+print(float((layer.weight.double() - exact).norm() / exact.norm()))
+leave()
+"""
+
+
+def test_twenty_fused_steps_are_adamws_of_float64_to_rounding():
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS], env=environment() | {"MASTER_PORT": str(free_port())}, cwd=ROOT,
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert float(done.stdout.split()[-1]) < 1e-5
+
+
 JOIN = """
 import os
 from bridle.training.rendezvous import join, leave
