@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _start(args: argparse.Namespace, folder: str | None, fold: str | None) -> int:
-    from bridle.commands.launch import placement, start
+    from bridle.commands.launch import free_port, placement, start
 
     arguments = ["--deepspeed_config", args.deepspeed_config, "--recipe", args.recipe, "--model", args.model]
     for flag, words in (("--data", args.shards), ("--heldout", args.heldout or [])):
@@ -84,7 +83,7 @@ def _start(args: argparse.Namespace, folder: str | None, fold: str | None) -> in
         arguments += [flag, word] if word else []
     arguments += [flag for flag, on in (("--scratch", args.scratch), ("--allow-new-data", args.allow_new_data)) if on]
     here = argparse.Namespace(
-        nnodes="1", node_rank="0", nproc_per_node=args.ranks, master_addr="127.0.0.1", master_port=_free_port()
+        nnodes="1", node_rank="0", nproc_per_node=args.ranks, master_addr="127.0.0.1", master_port=str(free_port())
     )
     return start([sys.executable, "-m", "bridle.finetune", *arguments], placement(here, os.environ))
 
@@ -104,9 +103,3 @@ def _over_folds(runs: Sequence[Path]) -> str:
         )
         for name, one in rows
     )
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,7 +96,7 @@ def _train(args: argparse.Namespace, recipe: Recipe, arm: str, seed: int) -> int
     settings = ["train.prometheus_port=0", *args.set, *arm_settings(recipe, arm, seed, args.share)]
     parser = argparse.ArgumentParser()
     launch.add_arguments(parser)
-    return launch.run(parser.parse_args(["--master-port", str(_free_port()), "--", *command, *settings]))
+    return launch.run(parser.parse_args(["--master-port", str(launch.free_port()), "--", *command, *settings]))
 
 
 def _measure(
@@ -219,12 +218,6 @@ def _commit() -> str | None:
         return (branches / head.removeprefix("ref: ")).read_text(encoding="utf-8").strip()
     except OSError:
         return None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _share(text: str) -> float:

@@ -115,6 +115,24 @@ def test_ranks_take_neighbouring_runs_of_each_step(shards: ShardSet) -> None:
     assert shares == [[[5, 6], [9, 10], [13, 14], [17, 18]], [[7, 8], [11, 12], [15, 16]]]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0}, {"micro_batch_size": 0}, {"world": 0}, {"rank": -1}, {"rank": 2}, {"start": -1},
+        {"workers": -1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_share_that_cannot_be_is_refused(shards: ShardSet, wrong: dict[str, int]) -> None:
+    stream = Stream(shards, make, seed=0, block=4, window=4)
+    right = {
+        "start": 0, "stop": 2, "batch_size": 1, "micro_batch_size": 1, "world": 2, "rank": 1, "workers": 0
+    }  # fmt: skip
+    assert [batch.positions for batch in stream.micro_batches(**right | {"world": 1, "rank": 0})] == [[0], [1]]
+    with pytest.raises(ValueError, match="no stream for batch"):
+        list(stream.micro_batches(**right | wrong))
+
+
 @pytest.mark.parametrize(("world", "workers"), [(1, 1), (2, 2), (1, 3)])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_change_nothing(shards: ShardSet, world: int, workers: int) -> None:

@@ -299,3 +299,25 @@ def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ShardError, match=r"cache folder .*file/.*; name a folder you may write \(data\.cache"):
         ShardCache(tmp_path / "file").index_place("http://h/s.tar")
+
+
+def test_blocks_smaller_than_a_shard_over_a_cache_too_small_for_all_are_warned_of(
+    server: Server, make_tar: MakeTar, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each shard would be fetched once for each of its blocks."""
+    for i in range(3):
+        write_index(make_tar(server.root / f"{i}.tar", samples(f"s{i}-", 6 - i)))
+    sizes = [(server.root / f"{i}.tar").stat().st_size for i in range(3)]
+    pattern = f"{server.address}/{{0..2}}.tar"
+
+    def warned(cache_gb: float, block: int) -> bool:
+        caplog.clear()
+        cache = str(tmp_path / f"cache-{cache_gb}")
+        shards = open_shards([pattern], extensions=["num"], cache=cache, cache_gb=cache_gb)
+        Stream(shards, lambda data, rng: {}, seed=0, block=block, window=1)
+        return "do not fit the cache" in caplog.text
+
+    assert warned(sizes[0] / 1e9, 5)
+    assert "data.shuffle_block=6 (a whole shard)" in caplog.text
+    assert not warned(sizes[0] / 1e9, 6), "a block is a shard"
+    assert not warned(sum(sizes) * 1.01 / 1e9, 1), "all fit"

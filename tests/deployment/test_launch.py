@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +17,8 @@ import pytest
 from launching import ROOT, TINY, environment, free_port
 
 from bridle.cli import main
+from bridle.commands.launch import PORTS
+from bridle.commands.launch import free_port as port_to_meet_at
 
 CONFIG = str(ROOT / "ds_configs/zero1.json")
 
@@ -68,6 +72,20 @@ def test_a_placement_that_cannot_be_is_refused(
     assert main(["launch", "--nproc-per-node", "1", *options, "--", "--deepspeed_config", CONFIG]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"bridle: error: {said}") and err.count("\n") == 1
+
+
+def test_ranks_meet_at_a_port_that_is_free_and_that_no_system_hands_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = port_to_meet_at()
+    assert free in PORTS and PORTS.stop <= 32_768
+    with socket.socket() as taken:
+        taken.bind(("", port_to_meet_at()))
+        taken.listen()
+        busy = taken.getsockname()[1]
+        monkeypatch.setattr(random.SystemRandom, "sample", lambda *_: [busy, free])
+        assert port_to_meet_at() == free
+        monkeypatch.setattr(random.SystemRandom, "sample", lambda *_: [busy])
+        with pytest.raises(OSError, match="no free port among a hundred from 20000"):
+            port_to_meet_at()
 
 
 def test_a_name_that_nobody_has_is_waited_for_and_told(capsys: pytest.CaptureFixture[str]) -> None:
