@@ -48,7 +48,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         if args.small:
-            args.model, args.files = _small_case(Path(scratch))
+            args.model, args.files = small_case(Path(scratch))
         _compare(args)
 
 
@@ -97,7 +97,8 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _small_case(folder: Path) -> tuple[str, list[str]]:
+def small_case(folder: Path) -> tuple[str, list[str]]:
+    """A model folder of 64 x 64 pixels, and six pictures of 128 x 128."""
     import io
 
     from capacity import write_random

@@ -24,6 +24,8 @@ from serving.web.siblings import Siblings
 
 BACKLOG = 2048
 """Connections that the kernel keeps until they are accepted."""
+SWITCH_SECONDS = 0.001
+"""After which a thread lets the event loop have the interpreter."""
 SPARE_FILES = 512
 """Open files beside connections: processes, models, libraries, probes."""
 
@@ -38,6 +40,7 @@ def serve(settings: ServeSettings, siblings: Siblings | None = None) -> int:
     """
     take_over_logging(settings.log_level)
     keep_large_blocks_apart()
+    sys.setswitchinterval(SWITCH_SECONDS)
     most = _allow_files(settings.max_connections + SPARE_FILES) - SPARE_FILES
     service = Service(settings, siblings)
     listener = None if siblings is not None and siblings.replaces else _listen(settings, shared=siblings is not None)

@@ -87,12 +87,12 @@ class ServeSettings(Settings):
     """Pixels of a picture or frame."""
     max_frames: Count = 36_000
     """Frames of a film that may be decoded."""
-    max_queue: Count = 64
+    max_queue: Count = 128
     """Files accepted and not yet answered; one more gets 429."""
     max_queue_bytes: Count = 512 * 1024 * 1024
     """Bytes of all bodies and answers in memory; more gets 429."""
     max_share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of both queues that one key (or one address without keys) gets while others wait."""
+    """Share of both queues, and of the decoders, that one key (or one address without keys) gets while others wait."""
     max_connections: Count = 4096
     """Open connections; for one more the longest idle one is closed. /livez and /readyz still find a place."""
     max_codes: Count = 4_000_000

@@ -29,6 +29,7 @@ from bridle.processes.messages import (
     ToDecoder,
 )
 from serving.engine.errors import EngineError, FaultError, ProcessEndedError
+from serving.engine.turns import Turns
 from serving.logs import log
 from serving.metrics import Metrics
 from serving.workers.arena import Arena
@@ -47,11 +48,19 @@ Window = Decoded
 class DecodePool:
     """Decoding processes that take one file at a time, and are replaced when they end.
 
+    share: of the processes that one owner of files gets while others are about.
     changed: called whenever `active` falls.
     """
 
     def __init__(
-        self, name: str, begin: BeginDecoder, count: int, arena: Arena, metrics: Metrics, changed: Callable[[], None]
+        self,
+        name: str,
+        begin: BeginDecoder,
+        count: int,
+        share: float,
+        arena: Arena,
+        metrics: Metrics,
+        changed: Callable[[], None],
     ) -> None:
         self._name = name
         self._begin = begin
@@ -59,7 +68,7 @@ class DecodePool:
         self._arena = arena
         self._metrics = metrics
         self._changed = changed
-        self._idle: asyncio.LifoQueue[AsyncChild] = asyncio.LifoQueue()
+        self._turns: Turns[AsyncChild] = Turns(share)
         self._workers: set[AsyncChild] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -73,7 +82,7 @@ class DecodePool:
             ProcessGoneError, ChildError: one did not start.
         """
         for worker in await asyncio.gather(*(self._new() for _ in range(self._count))):
-            self._idle.put_nowait(worker)
+            self._turns.free(worker, self._count)
         if not all(worker.hello.offline for worker in self._workers):
             log("warning", "decoders could not give up the network; forbid it in the container", model=self._name)
 
@@ -150,14 +159,14 @@ class DecodePool:
             if worker is None or settled:
                 self._release(granted)
                 if worker in self._workers:
-                    self._idle.put_nowait(worker)
+                    self._turns.free(worker, self._count)
             else:
                 self._spawn(self._settle(worker, granted))
 
     async def _take(self) -> AsyncChild:
         """An idle process that is alive; one that somebody has ended meanwhile is replaced."""
         while True:
-            worker = await self._idle.get()
+            worker = await self._turns.take(self._count)
             if not worker.channel.ended:
                 return worker
             await self._replace(worker)
@@ -171,7 +180,7 @@ class DecodePool:
                     message, _ = await worker.channel.receive()
                     if isinstance(message, End | Drawn | Refused | Fault) or getattr(message, "last", False):
                         break
-            self._idle.put_nowait(worker)
+            self._turns.free(worker, self._count)
         except (EOFError, ConnectionError, TimeoutError):
             await self._replace(worker, patience=0.0)
         finally:
@@ -202,7 +211,7 @@ class DecodePool:
         if not self._closed:
             self._metrics.worker_restarts.labels("decode", self._name).inc()
             log("warning", "a decoding process ended; starting another", model=self._name, exit_code=code)
-            self._spawn(self._restart())
+            self._spawn(self._restart(worker))
         if code == -signal.SIGALRM:
             seconds = self._begin.seconds
             return TooLargeError(f"decoding took longer than decode_seconds = {seconds:g}; send a smaller file")
@@ -213,7 +222,9 @@ class DecodePool:
             return UndecodableError("the decoder crashed on the content; it is corrupt")
         return ProcessEndedError("the decoding process ended; send the request again")
 
-    async def _restart(self) -> None:
+    async def _restart(self, ended: AsyncChild) -> None:
+        """Another process in the place of one that ended, which counts as its last owner's until then: who has many
+        ended one after another would else have all that are left."""
         pause = 0.1
         while not self._closed:
             try:
@@ -223,7 +234,8 @@ class DecodePool:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 10.0)
             else:
-                self._idle.put_nowait(worker)
+                self._turns.drop(ended)
+                self._turns.free(worker, self._count)
                 return
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

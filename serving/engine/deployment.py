@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from serving.engine.batching import Array, Batcher, Entry
 from serving.engine.cores import SharedCores
 from serving.engine.decoding import DecodePool, Window
 from serving.engine.errors import EngineError, FaultError, ProcessEndedError
+from serving.engine.turns import aside
 from serving.logs import log
 from serving.metrics import Metrics
 from serving.settings import ServeSettings
@@ -94,7 +96,9 @@ class Deployment:
             metrics=metrics,
         )
         begin = self._begin_decoder()
-        self.pool = DecodePool(self.name, begin, settings.decoders, self.arena, metrics, self._batcher.look)
+        self.pool = DecodePool(
+            self.name, begin, settings.decoders, settings.max_share, self.arena, metrics, self._batcher.look
+        )
         self._cores = SharedCores(len(devices), settings.threads)
         self._children: dict[str, AsyncChild] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -246,7 +250,7 @@ class Deployment:
             entry = Entry("dequantize", deadline, codes=codes[start : start + step])
             self._batcher.submit(entry)
             latents.append(await entry.future)
-        return latents[0] if len(latents) == 1 else await asyncio.to_thread(np.concatenate, latents)
+        return latents[0] if len(latents) == 1 else await aside(partial(np.concatenate, latents))
 
     async def _run(self, device: str) -> None:
         """Feeds one model process for as long as the deployment lives, and replaces the process when it ends."""

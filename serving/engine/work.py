@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from bridle.modalities.joining import Place, joined
 from serving.engine.batching import Array
 from serving.engine.deployment import Deployment
 from serving.engine.errors import AnswerTooLargeError, DeadlineError, FileError
+from serving.engine.turns import aside
 
 T = TypeVar("T")
 MAX_NUMBERS = 64_000_000
@@ -113,7 +115,7 @@ async def whole(
                 raise AnswerTooLargeError(f"the answer has more than {MAX_NUMBERS} numbers; ask for a pooled one")
             places.append(result.place)
             values.append(np.array(result.values))  # a copy: else its batch's whole answer would stay
-    whole_values = values[0] if len(values) == 1 else await asyncio.to_thread(np.concatenate, values)
+    whole_values = values[0] if len(values) == 1 else await aside(partial(np.concatenate, values))
     extent = joined(places)
     return Stream(deployment, whole_values, extent.grid, extent.duration_s)
 

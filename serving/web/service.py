@@ -13,6 +13,7 @@ from bridle.settings import RecipeError
 from serving.engine.deployment import Deployment
 from serving.engine.errors import EngineError
 from serving.engine.registry import Registry
+from serving.engine.turns import OWNER
 from serving.logs import log
 from serving.metrics import Metrics
 from serving.settings import ServeSettings
@@ -68,7 +69,9 @@ class Service:
         """Places for a request's files and bytes, given back when its answer is sent (see `Around`)."""
         key = request.scope["state"].get("key")
         address = request.client.host if request.client else ""
-        places = self.admission.places(f"key {key}" if key else f"address {address}")
+        client = f"key {key}" if key else f"address {address}"
+        OWNER.set(client)
+        places = self.admission.places(client)
         request.scope["state"]["places"] = places
         return places
 

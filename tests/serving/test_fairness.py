@@ -133,6 +133,18 @@ def test_a_picture_made_to_be_slow_ends_with_its_deadline_or_its_cpu_time(small:
     assert answer.status_code == 413, answer.text
 
 
+def test_one_address_does_not_hold_all_decoders_while_others_are_about(small: Server, pictures: list[bytes]) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (7000, 7000)).save(file, "PNG")
+    assert ask(small, pictures[0], "127.0.0.2")[0] == 200
+    with ThreadPoolExecutor(4) as pool:
+        attacks = [pool.submit(ask, small, file.getvalue(), "127.0.0.4") for _ in range(4)]
+        eventually("all are under way", lambda: small.metric("bridle_serve_queued") == 4)
+        assert ask(small, pictures[0], "127.0.0.2")[0] == 200
+        assert not any(attack.done() for attack in attacks)  # each costs a decoder its second of CPU
+        assert {attack.result()[0] for attack in attacks} <= {200, 413}
+
+
 def test_a_log_that_nobody_reads_stops_nothing(audio_folder: Path) -> None:
     command = [sys.executable, "-m", "bridle.cli", "serve", str(audio_folder), "--port=0", "--device=cpu"]
     process = subprocess.Popen([*command, "--decode-workers=1", "--lame-duck-seconds=0"], stderr=subprocess.PIPE)

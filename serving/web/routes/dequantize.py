@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from starlette.responses import Response
 
 from bridle.tokens.layouts import TokenError, Vocabulary
 from serving.engine.deployment import Deployment
+from serving.engine.turns import aside
 from serving.engine.work import MAX_NUMBERS, SMALL, each_clip
 from serving.settings import ServeSettings
 from serving.web.answers import ARROW, JSON, NPZ, PIECE, answer, negotiate
@@ -66,7 +66,7 @@ async def dequantize(
     places.take_files(1)
     read = partial(_clips, body, sent, model, service.settings)
     small = sent == JSON and len(body) < SMALL  # an NPZ of any size may unfold to much
-    rows = read() if small else await asyncio.to_thread(read)
+    rows = read() if small else await aside(read)
     dim = model.model_config.quantizer.dim
     numbers = sum(len(codes) for codes in rows) * dim
     places.take_bytes(4 * numbers)  # a small body may unfold to a large answer
