@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, TINY, environment
+from launching import BRIDLE, ROOT, TINY, environment
+from warm import run_warm
 
 from bridle.cli import main
 from bridle.training.timing import PARTS
@@ -17,10 +17,7 @@ from bridle.training.timing import PARTS
 def test_a_step_is_measured_beside_the_machines_rate_and_vitmae(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     words = ["bench", str(TINY), "--micro-batch", "2", "--accumulation", "2", "--rounds", "1", "--json", str(figures)]
-    done = subprocess.run(
-        [sys.executable, "-m", "bridle.cli", *words],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = run_warm([sys.executable, BRIDLE, *words], env=environment(), cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     printed = done.stdout
     found = json.loads(figures.read_text())

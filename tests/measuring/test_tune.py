@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, TINY, environment
+from launching import BRIDLE, ROOT, TINY, environment
+from warm import run_warm
 
 from bridle.cli import main
 from bridle.config import load_recipe
@@ -18,10 +18,7 @@ from bridle.measuring.tune import Trial, lengths, sizes
 def test_sizes_are_tried_until_memory_ends_and_the_fastest_is_written(tmp_path: Path) -> None:
     line = tmp_path / "line"
     words = ["tune", str(TINY), "train.batch_size=12", "--ranks", "2", "--least", "3", "--rounds", "1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "bridle.cli", *words, "--out", str(line)],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = run_warm([sys.executable, BRIDLE, *words, "--out", str(line)], env=environment(), cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [row.split() for row in done.stdout.splitlines() if re.match(r"\s+\d", row)]
     assert [int(row[0]) for row in rows] == [3, 6]  # what divides 12 clips over 2 ranks
