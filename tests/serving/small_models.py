@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,9 +22,11 @@ CLIPS = {
 }
 
 
-def write_model(folder: Path, modality: str = "audio", *, name: str | None = None, seed: int = 0) -> Path:
-    """Writes a model folder; another seed gives other codes."""
-    recipe = load_recipe("audio-mini").model_copy(update={"modality": modality, "clip": CLIPS[modality]})
+def write_model(
+    folder: Path, modality: str = "audio", *, name: str | None = None, seed: int = 0, settings: Sequence[str] = ()
+) -> Path:
+    """Writes a model folder; another seed gives other codes. settings: of the recipe, as at the command line."""
+    recipe = load_recipe("audio-mini", settings).model_copy(update={"modality": modality, "clip": CLIPS[modality]})
     return save_untrained(folder, recipe, name or f"{modality}-test", seed)
 
 
