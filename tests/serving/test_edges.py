@@ -30,12 +30,12 @@ SERVICE_LINKS = {
 
 @pytest.fixture(scope="module")
 def behind(tmp_path_factory: pytest.TempPathFactory, audio_folder: Path) -> Iterator[Server]:
-    """A service in a cluster: behind a proxy's path, with a model's name of the operator's, among service links."""
+    """A service in a cluster: behind a proxy's path, with a model's name of the operator's, among service links,
+    without a home, as where the root is read-only."""
     folder = tmp_path_factory.mktemp("behind")
     shutil.copytree(audio_folder, folder / "model")
-    with serving(
-        folder, Path(f"speech={folder}/model"), root_path="/bridle", device="auto", env=SERVICE_LINKS
-    ) as running:
+    variables = {**SERVICE_LINKS, "HOME": "/dev/null/home", "XDG_CACHE_HOME": ""}
+    with serving(folder, Path(f"speech={folder}/model"), root_path="/bridle", device="auto", env=variables) as running:
         yield running
 
 
@@ -185,7 +185,6 @@ def test_help_speaks_of_settings_not_of_types() -> None:
     assert "One of float32, bfloat16." in " ".join(done.stdout.split())
 
 
-def test_a_service_without_a_home_says_nothing_that_is_no_log_line(tmp_path: Path, audio_folder: Path) -> None:
-    """As in a container with a read-only root; `lines` refuses whatever a library would say of its cache."""
-    with serving(tmp_path, audio_folder, env={"HOME": "/dev/null/home", "XDG_CACHE_HOME": ""}) as server:
-        assert "ready" in {line["event"] for line in server.lines()}
+def test_a_service_without_a_home_says_nothing_that_is_no_log_line(behind: Server) -> None:
+    """`lines` refuses whatever a library would say of its cache."""
+    assert "ready" in {line["event"] for line in behind.lines()}
