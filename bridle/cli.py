@@ -114,24 +114,32 @@ def _file_of(command: str) -> ModuleType:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    wanted = next((word for word in arguments if not word.startswith("-")), None)
+    if wanted is None:
+        return _overview(arguments)
+    if wanted not in COMMANDS:
+        raise RecipeError(f"command '{wanted}' is unknown{nearest(wanted, COMMANDS)}")
+    module = _file_of(wanted)
+    parser = argparse.ArgumentParser(prog=f"bridle {wanted}", description=module.HELP)
+    module.add_arguments(parser)
+    arguments.remove(wanted)
+    try:
+        args = parser.parse_intermixed_args(arguments)  # settings of a recipe may follow options
+    except TypeError:  # argparse's word for a command that has commands
+        args = parser.parse_args(arguments)
+    return int(module.run(args))
+
+
+def _overview(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bridle", description="Discrete tokens of sound, images and video.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    wanted = next((word for word in arguments if not word.startswith("-")), None)
-    if wanted is not None and wanted not in COMMANDS:
-        raise RecipeError(f"command '{wanted}' is unknown{nearest(wanted, COMMANDS)}")
+    commands = parser.add_subparsers(metavar="COMMAND")
     for name in COMMANDS:
-        if wanted in COMMANDS and name != wanted:
-            commands.add_parser(name)
-            continue
-        module = _file_of(name)
-        module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.HELP))
-    args = parser.parse_args(arguments)
-    if args.command is None:
-        parser.print_help()
-        return 2
-    return int(_file_of(args.command).run(args))
+        commands.add_parser(name, help=_file_of(name).HELP)
+    parser.parse_args(arguments)
+    parser.print_help()
+    return 2
 
 
 if __name__ == "__main__":

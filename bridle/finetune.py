@@ -38,7 +38,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(recipe="audio-mini")
     parser.add_argument("--data", nargs="+", metavar="SHARDS", help="labelled shards to learn from")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings of the recipe to change")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="dotted.key=value", help="settings of the recipe to change"
+    )
     return parser.parse_intermixed_args(arguments)
 
 

@@ -62,7 +62,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--allow-new-data", action="store_true", help="go on with a run although its shards have changed (docs/data.md)"
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings of the recipe to change")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="dotted.key=value", help="settings of the recipe to change"
+    )
     return parser.parse_intermixed_args(arguments)
 
 

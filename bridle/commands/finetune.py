@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "shards",
         metavar="SHARDS|dotted.key=value",
         nargs="*",
+        default=[],
         help="labelled tars (default: those of the recipe), and settings of the recipe to change",
     )
     add_run_arguments(parser)

@@ -60,7 +60,9 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", nargs="+", metavar="SHARDS", help="(default: the recipe's, else the sample that ships)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings of the recipe to change")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="dotted.key=value", help="settings of the recipe to change"
+    )
 
 
 def step_recipe(args: argparse.Namespace) -> Recipe:

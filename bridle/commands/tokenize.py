@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         metavar="INPUT",
         nargs="*",
+        default=[],
         help="files of the model's modality; with --out also folders, globs, shards",
     )
     parser.add_argument("--out", metavar="DIR", help="write a data set to this folder or s3:// address")
