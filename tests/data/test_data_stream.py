@@ -211,9 +211,8 @@ def test_a_sample_cut_off_after_opening_is_a_corrupt_sample(tmp_path: Path) -> N
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_but_corrupt_samples_ends_with_a_clear_error(tmp_path: Path, workers: int) -> None:
     shards = numbered_shards(tmp_path, set(range(sum(COUNTS))))
-    with pytest.raises(
-        ShardError, match=r"sample 'k\d+' \(invalid literal .*are corrupt; run `bridle shards check`"
-    ) as error:
+    told = rf"sample 'k\d+' \(invalid literal .* {sum(COUNTS) - 1} samples behind it are corrupt; run `bridle"
+    with pytest.raises(ShardError, match=told) as error:
         batches(shards, workers=workers)
     assert "\n" not in str(error.value)
 
