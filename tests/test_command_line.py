@@ -47,11 +47,11 @@ def test_a_fault_of_a_whole_section_names_no_key_that_is_none() -> None:
     assert str(raised.value).startswith("recipe audio-mini: phases.0 is an encoder phase without a tokenizer before it")
 
 
-def test_settings_of_a_recipe_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_of_a_recipe_may_follow_options(capfd: pytest.CaptureFixture[str]) -> None:
     for words in (["bench", "audio-mini", "--rounds", "1", "train.batch_sise=8"],
                   ["finetune", "builtin:image", "--scratch", "train.batch_sise=8"]):  # fmt: skip
         assert main(words) == 2
-        assert "did you mean 'batch_size'" in capsys.readouterr().err
+        assert "did you mean 'batch_size'" in capfd.readouterr().err
 
 
 def test_what_is_missing_is_named_and_no_more(capsys: pytest.CaptureFixture[str]) -> None:
