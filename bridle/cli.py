@@ -45,7 +45,6 @@ EXTRAS = {
     "prometheus_client": "train",
     "decord": "train",
     "httpx": "serving",
-    "boto3": "s3",
 }
 """What `pip install 'bridle[EXTRA]'` brings beyond the library. `bridle serve` names its own."""
 

@@ -25,7 +25,7 @@ SETS = {
 }
 """The extras of each image; `library` is what `pip install bridle` brings."""
 FOREIGN = {
-    "library": {"deepspeed", "fastapi", "uvicorn", "starlette", "tensorboard", "boto3"},
+    "library": {"deepspeed", "fastapi", "uvicorn", "starlette", "tensorboard", "boto3", "botocore"},
     "train": {"fastapi", "uvicorn", "starlette", "python-multipart"},
     "serving": {"deepspeed", "ninja", "tensorboard", "decord"},
 }

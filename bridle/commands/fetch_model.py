@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 from bridle.data import fetch
-from bridle.data.patterns import shown
 from bridle.files import sha256, whole_folder
+from bridle.remote.access import is_url, shown, unknown_scheme
 from bridle.settings import RecipeError
 
-HELP = "fetch a model folder from s3:// or https:// and check its sha256"
+HELP = "fetch a model folder from s3://, https:// or another store and check its sha256"
 FILES = ("config.json", "model.safetensors")
 """What makes a model folder, in the order of the digest."""
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = args.sha256.lower() if args.sha256 is not None else None
     if wanted is not None and not re.fullmatch(r"[0-9a-f]{64}", wanted):
         raise RecipeError(f"--sha256 {args.sha256!r}: expected 64 hexadecimal digits")
-    if not args.url.startswith(("s3://", "https://", "http://")):
+    if not is_url(args.url) or unknown_scheme(args.url):
         raise RecipeError(f"{shown(args.url)}: expected the URL of a model folder, s3://… or https://…")
     if wanted and is_there(args.target, wanted):
         print(f"{args.target}: there already, sha256 {wanted}")
@@ -48,8 +48,7 @@ def run(args: argparse.Namespace) -> int:
     with whole_folder(args.target) as aside:
         for name in FILES:
             url = f"{args.url.rstrip('/')}/{name}"
-            with (aside / name).open("wb") as stream:
-                fetch.download(url, shown(url), stream, sys.maxsize)
+            fetch.download(url, aside / name, sys.maxsize)
         found = digest(aside)
         if wanted not in (None, found):
             raise RecipeError(

@@ -26,8 +26,9 @@ def run(args: argparse.Namespace) -> int:
     from bridle.evaluation.report import build_report, headline, page
     from bridle.evaluation.run_folder import read_run
     from bridle.files import whole_file
+    from bridle.remote.access import is_url
+    from bridle.remote.store import RemoteStore
     from bridle.training.remote_run import is_reported, on_disk
-    from bridle.training.remote_store import RemoteStore, is_remote
 
     with on_disk(args.run, is_reported) as run:
         if is_tuned(run):
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         target = args.out or run / "report.html"
         with whole_file(target) as aside:
             aside.write_text(html, encoding="utf-8")
-        if args.out is None and is_remote(args.run):
+        if args.out is None and is_url(args.run):
             RemoteStore(args.run).put(target, "report.html")
     for note in notes:
         print(f"bridle report: {note}", file=sys.stderr)

@@ -16,8 +16,9 @@ from bridle.data.cache import ShardCache
 from bridle.data.check import Decode, check_shard
 from bridle.data.importers import IMPORTERS, Source, plan
 from bridle.data.origin import HELDOUT
-from bridle.data.patterns import expand, is_remote, shown
+from bridle.data.patterns import expand, is_remote
 from bridle.data.writer import write_index
+from bridle.remote.access import shown
 
 HELP = "build shards from a data set, index them, check them, or tell what is in them"
 NAMED = 5

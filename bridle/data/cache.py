@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import logging
 import os
 import re
+import tempfile
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,8 +17,9 @@ from filelock import FileLock, Timeout
 from bridle.data import fetch, index
 from bridle.data.errors import ShardError
 from bridle.data.files import written_aside
-from bridle.data.patterns import shown
+from bridle.files import sha256
 from bridle.home import cache_folder
+from bridle.remote.access import shown
 
 log = logging.getLogger(__name__)
 LARGEST_INDEX = 1 << 30
@@ -95,9 +96,11 @@ class ShardCache:
         address = _index_address(url)
         if address is None:
             return None
-        content = io.BytesIO()
         try:
-            fetch.download(address, shown(address), content, LARGEST_INDEX)
+            with tempfile.TemporaryDirectory(prefix="bridle-") as folder:
+                fetched = Path(folder) / path.name
+                fetch.download(address, fetched, LARGEST_INDEX)
+                content = fetched.read_bytes()
         except fetch.UnavailableError:
             return None
         except ShardError:
@@ -105,11 +108,11 @@ class ShardCache:
                 raise
             log.warning("%s: out of reach; the index fetched before is used", shown(address))
             return index.read_header(path)
-        if path.exists() and path.read_bytes() == content.getvalue():
+        if path.exists() and path.read_bytes() == content:
             return index.read_header(path)
         try:
-            header = index.parse_header(content.getvalue().split(b"\n", 1)[0], shown(address))
-            if content.getvalue().count(b"\n") != header.samples + 1:
+            header = index.parse_header(content.split(b"\n", 1)[0], shown(address))
+            if content.count(b"\n") != header.samples + 1:
                 raise ShardError(f"{shown(address)}: lines are missing")
         except ShardError as error:  # such as the page that a server gives for whatever it does not have
             fault = str(error).partition(";")[0]
@@ -117,7 +120,7 @@ class ShardCache:
             return None
         self._shard_path(url).unlink(missing_ok=True)  # the shard that was fetched by the index before
         with written_aside(path) as stream:
-            stream.write(content.getvalue())
+            stream.write(content)
         return header
 
     def _shard_path(self, url: str) -> Path:
@@ -129,12 +132,12 @@ class ShardCache:
             header = index.read_header(path)
         except (ShardError, OSError):
             return None
-        size = fetch.size_of(url, shown(url))
+        size = fetch.size_of(url)
         return header if size in {None, header.bytes} else None
 
     def _made_from_shard(self, url: str, path: Path) -> index.Header:
         log.info("%s has no index; fetching the shard to make one", shown(url))
-        size = fetch.size_of(url, shown(url))
+        size = fetch.size_of(url)
         shard = self.fetch(url, None if size is None else index.Header(size, 0, {}, None))
         assert shard is not None
         try:
@@ -148,15 +151,12 @@ class ShardCache:
     def _download(self, url: str, path: Path, header: index.Header | None) -> None:
         name = shown(url)
         with written_aside(path) as stream:
-            size = fetch.download(url, name, stream, self.limit)
+            size = fetch.download(url, Path(stream.name), self.limit)
             if header and size != header.bytes:
                 raise ShardError(f"{name}: {size} bytes, but its index says {header.bytes}; {AGAIN}")
             if header and header.sha256:
-                stream.flush()
-                with open(stream.fileno(), "rb", closefd=False) as written:
-                    _check_hash(written, header.sha256, name)
+                _check_hash(Path(stream.name), header.sha256, name)
             elif header and header.samples:
-                stream.flush()
                 self._check_entries(Path(stream.name), url, header)
 
     def _check_entries(self, fetched: Path, url: str, header: index.Header) -> None:
@@ -222,8 +222,7 @@ def _index_address(url: str) -> str | None:
     return None if url.startswith("pipe:") or urlsplit(url).query else url + index.SUFFIX
 
 
-def _check_hash(stream: io.BufferedReader, expected: str, name: str) -> None:
-    stream.seek(0)
-    found = hashlib.file_digest(stream, "sha256").hexdigest()
+def _check_hash(fetched: Path, expected: str, name: str) -> None:
+    found = sha256(fetched)
     if found != expected:
         raise ShardError(f"{name}: sha256 {found[:16]}…, but its index says {expected[:16]}…; {AGAIN}")

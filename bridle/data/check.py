@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bridle.data import index
 from bridle.data.errors import SampleError, ShardError
-from bridle.data.patterns import shown
 from bridle.data.shards import ShardSet, open_shards, unused
+from bridle.remote.access import shown
 
 Decode = Callable[[bytes], object]
 """Turns a sample's bytes into anything; its ValueError (ClipError) means a bad sample."""

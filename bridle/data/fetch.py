@@ -1,229 +1,89 @@
-"""Fetching one remote shard: http(s), S3, or the output of a command. Nothing here knows what is fetched."""
+"""Fetching one remote shard: from a URL, or the output of a command. Nothing here knows what is fetched."""
 
 from __future__ import annotations
 
-import fnmatch
-import functools
-import logging
 import os
 import select
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
-
-import requests
+from pathlib import Path
 
 from bridle.data.errors import ShardError, UnavailableError
+from bridle.remote import access
 
-log = logging.getLogger(__name__)
-TRIES = 5
-FIRST_WAIT_SECONDS = 0.5
-"""Doubled after each try."""
 CHUNK = 1 << 20
-HTTP_TIMEOUT = (10.0, 60.0)
-"""Seconds to connect, and without a byte."""
+PIPE = "pipe:"
 PIPE_STALL_SECONDS = 600.0
-S3_GONE = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
-S3_BUSY = {"SlowDown", "Throttling", "RequestTimeout"}
-S3_FORBIDDEN = {"403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
 
 
-class _TransientError(Exception):
-    """Worth another try."""
-
-
-def download(url: str, name: str, stream: BinaryIO, limit: int) -> int:
-    """Writes a whole remote file to an open, seekable file, with several tries; returns its bytes.
+def download(url: str, file: Path, limit: int) -> int:
+    """Writes a whole remote file to `file`, with several tries; returns its bytes.
 
     Args:
-        url: http://, https://, s3:// or pipe:.
-        name: what messages call it (no secrets).
+        url: https://, s3:// and what else `bridle.remote` knows; or pipe:COMMAND.
         limit: bytes above which it is refused.
 
     Raises:
         UnavailableError: not found, or not allowed.
-        ShardError: anything else, after `TRIES` tries where another try could help.
+        ShardError: anything else, after some tries where another try could help.
+        OSError: `file` cannot be written.
     """
+    name = access.shown(url)
+    try:
+        with _as_shard_errors():
+            return _from_pipe(url, name, file, limit) if url.startswith(PIPE) else access.fetch(url, file, limit)
+    except access.TooLargeError as error:
+        fix = "raise data.cache_gb or build smaller shards"
+        raise ShardError(f"{name}: {error.found} do not fit the cache of {limit / 1e9:g} GB; {fix}") from None
 
-    def once() -> int:
-        stream.seek(0)
-        stream.truncate()
-        with _opened(url, name) as (size, chunks):
-            return _copy(chunks, size, stream, name, limit)
 
-    return _retried(once, name)
-
-
-def size_of(url: str, name: str) -> int | None:
+def size_of(url: str) -> int | None:
     """Bytes of a remote file, without fetching it; none where that cannot be known (pipe:, some servers).
 
     Raises:
         UnavailableError, ShardError: see `download`.
     """
-    if url.startswith("pipe:"):
-        return None
-
-    def once() -> int | None:
-        with _opened(url, name) as (size, _):
-            return size
-
-    return _retried(once, name)
+    with _as_shard_errors():
+        return None if url.startswith(PIPE) else access.size_of(url)
 
 
-def list_s3(pattern: str) -> list[str]:
-    """Keys of a bucket that match ``s3://bucket/glob``, sorted.
+def search(pattern: str) -> list[str]:
+    """URLs of all files of a store that match a glob, sorted; ``*`` passes ``/`` too.
 
     Raises:
-        ShardError
+        UnavailableError, ShardError: see `download`.
     """
-    bucket, key = _bucket_and_key(pattern)
-    prefix = key[: min(key.find(mark) for mark in "*?[" if mark in key)]
-
-    def once() -> list[str]:
-        with _s3_errors(pattern):
-            pages = _s3(os.getpid()).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-            names = [found["Key"] for page in pages for found in page.get("Contents", [])]
-        return sorted(f"s3://{bucket}/{name}" for name in names if fnmatch.fnmatchcase(name, key))
-
-    return _retried(once, pattern)
+    with _as_shard_errors():
+        return access.search(pattern)
 
 
-def _retried(once: Any, name: str) -> Any:
-    for attempt in range(TRIES):
-        try:
-            return once()
-        except _TransientError as error:
-            if attempt == TRIES - 1:
-                raise ShardError(
-                    f"{name}: {TRIES} tries failed, the last: {error}; check the network and run again"
-                ) from None
-            wait = FIRST_WAIT_SECONDS * 2**attempt
-            log.warning("%s: %s; trying again in %.1f s", name, error, wait)
-            time.sleep(wait)
-    raise AssertionError("unreachable")
+@contextmanager
+def _as_shard_errors() -> Iterator[None]:
+    try:
+        yield
+    except access.RefusedError as error:
+        raise UnavailableError(str(error)) from None
+    except access.OutOfReachError as error:
+        raise ShardError(str(error)) from None
 
 
-def _copy(chunks: Iterator[bytes], size: int | None, stream: BinaryIO, name: str, limit: int) -> int:
-    if (size or 0) > limit:
-        raise _too_large(name, f"{size} bytes", limit)
+def _from_pipe(url: str, name: str, file: Path, limit: int) -> int:
     received = 0
-    for chunk in chunks:
-        received += len(chunk)
-        if received > limit:
-            raise _too_large(name, f"more than {limit} bytes", limit)
-        stream.write(chunk)
-    if size is not None and received != size:
-        raise _TransientError(f"the connection ended after {received} of {size} bytes")
+    with file.open("wb") as stream, _output(url.removeprefix(PIPE), name) as chunks:
+        for chunk in chunks:
+            received += len(chunk)
+            if received > limit:
+                raise access.TooLargeError(f"more than {limit} bytes")
+            stream.write(chunk)
     return received
 
 
-def _too_large(name: str, found: str, limit: int) -> ShardError:
-    return ShardError(
-        f"{name}: {found} do not fit the cache of {limit / 1e9:g} GB; raise data.cache_gb or build smaller shards"
-    )
-
-
 @contextmanager
-def _opened(url: str, name: str) -> Iterator[tuple[int | None, Iterator[bytes]]]:
-    """Size, where the other side tells it, and the content in chunks."""
-    opener = _open_pipe if url.startswith("pipe:") else _open_s3 if url.startswith("s3://") else _open_http
-    with opener(url, name) as opened:
-        yield opened
-
-
-@contextmanager
-def _open_http(url: str, name: str) -> Iterator[tuple[int | None, Iterator[bytes]]]:
-    headers = {"Accept-Encoding": "identity"}  # else the size told is not the size received
-    try:
-        with requests.get(url, stream=True, timeout=HTTP_TIMEOUT, headers=headers) as answer:
-            status = f"{answer.status_code} {answer.reason}"
-            if answer.status_code in {408, 425, 429} or answer.status_code >= 500:
-                raise _TransientError(f"the server answers {status}")
-            if answer.status_code in {401, 403}:
-                raise UnavailableError(f"{name}: the server answers {status}; check that this machine may read it")
-            if 400 <= answer.status_code < 500:
-                raise UnavailableError(f"{name}: the server answers {status}; check the address")
-            if answer.status_code != 200:
-                raise ShardError(f"{name}: the server answers {status}, expected 200; check the address")
-            length = answer.headers.get("Content-Length", "")
-            yield int(length) if length.isdigit() else None, answer.iter_content(CHUNK)
-    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-        raise _TransientError(_plain(error)) from None
-    except requests.RequestException as error:
-        raise ShardError(f"{name}: {_plain(error)}; check the address") from None
-
-
-@contextmanager
-def _open_s3(url: str, name: str) -> Iterator[tuple[int | None, Iterator[bytes]]]:
-    bucket, key = _bucket_and_key(url)
-    with _s3_errors(name):
-        found = _s3(os.getpid()).get_object(Bucket=bucket, Key=key)
-        try:
-            yield found["ContentLength"], found["Body"].iter_chunks(CHUNK)
-        finally:
-            found["Body"].close()
-
-
-def _bucket_and_key(url: str) -> tuple[str, str]:
-    bucket, _, key = url.removeprefix("s3://").partition("/")
-    if not bucket or not key:
-        raise ShardError(f"shards '{url}': expected s3://BUCKET/KEY.tar")
-    return bucket, key
-
-
-@functools.lru_cache(maxsize=1)
-def _s3(process: int) -> Any:
-    """A client for each process, since connections do not survive a fork."""
-    try:
-        import boto3
-        from botocore.config import Config
-    except ImportError:
-        raise ShardError("s3:// needs boto3; install it with: pip install 'bridle[s3]'") from None
-    return boto3.client(
-        "s3", config=Config(connect_timeout=HTTP_TIMEOUT[0], read_timeout=HTTP_TIMEOUT[1], retries={"max_attempts": 1})
-    )
-
-
-@contextmanager
-def _s3_errors(name: str) -> Iterator[None]:
-    _s3(os.getpid())  # says so when boto3 is missing
-    from botocore import exceptions
-
-    try:
-        yield
-    except exceptions.ClientError as error:
-        answer = error.response.get("Error", {})
-        code, said = str(answer.get("Code", "?")), f"{answer.get('Code')} ({answer.get('Message')})"
-        if code in S3_GONE:
-            raise UnavailableError(f"{name}: S3 answers {said}; check bucket, key and AWS_ENDPOINT_URL") from None
-        if code in S3_FORBIDDEN:
-            raise UnavailableError(
-                f"{name}: S3 answers {said}; check the credentials and the bucket's policy"
-            ) from None
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-        if status >= 500 or code in S3_BUSY:
-            raise _TransientError(f"S3 answers {said}") from None
-        if status >= 400:
-            raise UnavailableError(f"{name}: S3 answers {said}; check the address and the AWS settings") from None
-        raise ShardError(f"{name}: S3 answers {said}") from None
-    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
-        fix = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
-        raise UnavailableError(f"{name}: no S3 credentials found; {fix}") from None
-    except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
-        raise _TransientError(_plain(error)) from None
-    except exceptions.IncompleteReadError as error:
-        raise _TransientError(f"the connection ended early: {error}") from None
-    except exceptions.BotoCoreError as error:
-        raise ShardError(f"{name}: {_plain(error)}; check the address and the AWS settings") from None
-
-
-@contextmanager
-def _open_pipe(url: str, name: str) -> Iterator[tuple[None, Iterator[bytes]]]:
-    command = url.removeprefix("pipe:")
+def _output(command: str, name: str) -> Iterator[Iterator[bytes]]:
+    """What a command writes, in chunks; its end is looked at when the block ends."""
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(  # the user's own command, as the pattern says
             command,
@@ -234,7 +94,7 @@ def _open_pipe(url: str, name: str) -> Iterator[tuple[None, Iterator[bytes]]]:
             start_new_session=True,
         )
         try:
-            yield None, _pipe_chunks(process, name)
+            yield _chunks(process, name)
             code = process.wait(PIPE_STALL_SECONDS)
         except subprocess.TimeoutExpired:
             raise ShardError(f"{name}: closed its output but did not end in {PIPE_STALL_SECONDS:g} s") from None
@@ -252,7 +112,7 @@ def _open_pipe(url: str, name: str) -> Iterator[tuple[None, Iterator[bytes]]]:
         )
 
 
-def _pipe_chunks(process: subprocess.Popen[bytes], name: str) -> Iterator[bytes]:
+def _chunks(process: subprocess.Popen[bytes], name: str) -> Iterator[bytes]:
     assert process.stdout is not None
     handle = process.stdout.fileno()
     while True:
@@ -262,9 +122,3 @@ def _pipe_chunks(process: subprocess.Popen[bytes], name: str) -> Iterator[bytes]
         if not chunk:
             return
         yield chunk
-
-
-def _plain(error: Exception) -> str:
-    """One line without addresses of objects or of pools."""
-    reason = getattr(error.args[0], "reason", None) if error.args else None
-    return " ".join(str(reason or error).split()).rpartition(">: ")[2][:200]

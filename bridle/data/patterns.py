@@ -1,4 +1,4 @@
-"""From what a user writes to shards: paths, globs, braces, ``s3://``, ``http(s)://``, ``pipe:``, ``builtin:``."""
+"""From what a user writes to shards: paths, globs, braces, URLs, ``pipe:``, ``builtin:``."""
 
 from __future__ import annotations
 
@@ -9,33 +9,24 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
 from bridle.config import WEIGHTS
 from bridle.data import fetch
 from bridle.data.errors import ShardError, UnavailableError
+from bridle.remote.access import GLOB, WEB, is_url, unknown_scheme
 from bridle.settings import RecipeError, nearest
 
 log = logging.getLogger(__name__)
-REMOTE = ("s3://", "http://", "https://", "pipe:")
 BUILTIN = "builtin:"
-GLOB = set("*?[")
 BUILD = "check the path, or build shards with `bridle shards build`"
 
 
 def is_remote(url: str) -> bool:
     """Whether a shard must be fetched before it can be read by offset."""
-    return url.startswith(REMOTE)
-
-
-def shown(url: str) -> str:
-    """A URL for messages and logs: without password and query, which may hold a signature."""
-    if url.startswith("pipe:") or "://" not in url:
-        return url
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return url.startswith(fetch.PIPE) or is_url(url)
 
 
 def split_weight(word: str) -> tuple[str, float | None]:
@@ -82,11 +73,14 @@ def _expand_one(pattern: str) -> list[str]:
         raise ShardError("a pattern of shards is empty; give a path, glob or URL of a .tar")
     if pattern.startswith(BUILTIN):
         return _builtin(pattern.removeprefix(BUILTIN))
+    if "://" in pattern and not pattern.startswith(fetch.PIPE):
+        if (fault := unknown_scheme(pattern)) is not None:
+            raise ShardError(f"shards '{pattern}': {fault}")
+        scheme, _, place = pattern.partition("://")
+        if scheme not in WEB and not place.partition("/")[2]:
+            raise ShardError(f"shards '{pattern}': expected {scheme}://BUCKET/KEY.tar")
     if is_remote(pattern):
         return [url for part in _braces(pattern) for url in _remote(part, pattern)]
-    if "://" in pattern:
-        scheme = pattern.split("://")[0] + "://"
-        raise ShardError(f"shards '{pattern}': unknown kind '{scheme}'{nearest(scheme, REMOTE)}")
     if Path(pattern).is_file():
         return [str(Path(pattern).absolute())]
     return [path for part in _braces(pattern) for path in _local(part, pattern)]
@@ -96,19 +90,19 @@ def _braces(pattern: str) -> list[str]:
     try:
         return list(braceexpand(pattern))
     except UnbalancedBracesError:
-        if pattern.startswith("pipe:"):
+        if pattern.startswith(fetch.PIPE):
             return [pattern]  # a shell command may hold a lone brace
         raise ShardError(f"shards '{pattern}': the braces do not match; write {{0000..0099}} or {{a,b}}") from None
 
 
 def _remote(url: str, pattern: str) -> list[str]:
-    if url.startswith("pipe:") or not GLOB & set(urlsplit(url).path):
+    if url.startswith(fetch.PIPE) or not GLOB & set(urlsplit(url).path):
         return [url]
-    if not url.startswith("s3://"):
+    if url.partition("://")[0] in WEB:
         raise ShardError(
             f"shards '{pattern}': a web server cannot be searched; write braces, for example {{0000..0099}}"
         )
-    found = fetch.list_s3(url)
+    found = fetch.search(url)
     if not found:
         raise UnavailableError(f"shards '{pattern}': matches nothing; check the bucket and the prefix")
     return found

@@ -24,8 +24,9 @@ from bridle.data.cache import ShardCache
 from bridle.data.errors import SampleError, ShardError
 from bridle.data.local_index import local_index
 from bridle.data.order import Source
-from bridle.data.patterns import expand, is_remote, shown
+from bridle.data.patterns import expand, is_remote
 from bridle.data.tables import SharedTables
+from bridle.remote.access import shown
 
 log = logging.getLogger(__name__)
 META = ("json", "cls", "txt")
@@ -91,7 +92,7 @@ def open_shards(
     """Expands patterns and opens the index of every shard, building those that are missing.
 
     Args:
-        patterns: paths, globs, brace patterns; local, ``s3://``, ``http(s)://``, ``pipe:COMMAND``, ``builtin:NAME``.
+        patterns: paths, globs, brace patterns; local, URLs of `bridle.remote`, ``pipe:COMMAND``, ``builtin:NAME``.
         extensions: of the members wanted, by preference, without a dot; empty: any that is no label.
         cache: folder for remote shards; default: the user's cache folder.
         cache_gb: bound on that folder, in 10^9 bytes.

@@ -16,11 +16,12 @@ from typing import Protocol
 from bridle.data.errors import SampleError, ShardError
 from bridle.data.importers import plan
 from bridle.data.layouts.common import AUDIO, IMAGE, MEDIA, VIDEO, Source, extension, files
-from bridle.data.patterns import BUILTIN, GLOB, REMOTE, shown
+from bridle.data.patterns import BUILTIN, is_remote
 from bridle.data.shards import ShardSet, open_shards
 from bridle.data.writer import Planned
 from bridle.files import sha256
 from bridle.modalities.clip import ClipError, Modality, TooLargeError
+from bridle.remote.access import GLOB, shown
 from bridle.settings import RecipeError
 
 FILES_OF_A_UNIT = 1000
@@ -93,7 +94,12 @@ def open_inputs(words: Sequence[str], modality: Modality, *, files_per_unit: int
 
 
 def _means_shards(word: str) -> bool:
-    return word.startswith((BUILTIN, *REMOTE)) or word.lower().endswith((".tar", ".tar}")) or word.endswith(".tar*")
+    return (
+        word.startswith(BUILTIN)
+        or is_remote(word)
+        or word.lower().endswith((".tar", ".tar}"))
+        or word.endswith(".tar*")
+    )
 
 
 class ShardInputs:

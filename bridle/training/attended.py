@@ -34,13 +34,13 @@ def attended(
         0 when the run is done, 75 when it was asked to stop or another rank was lost.
     """
     from bridle.processes.template import start_template
+    from bridle.remote.access import is_url
     from bridle.training.lock import LocalLockFile, RunLock
     from bridle.training.ranks import is_lost_peer
     from bridle.training.remote_run import RemoteRun
-    from bridle.training.remote_store import is_remote
     from bridle.training.rendezvous import join, leave
 
-    store = RemoteRun(where) if is_remote(where) else None
+    store = RemoteRun(where) if is_url(where) else None
     folder = store.folder if store else Path(where)
     lock = RunLock(store.lock_file() if store else LocalLockFile(folder), where, lost=_end_at_once(program))
     try:

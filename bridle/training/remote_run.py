@@ -20,9 +20,10 @@ from pathlib import Path
 
 from bridle.data.cache import default_folder
 from bridle.files import whole_file, whole_folder, write_json
+from bridle.remote.access import is_url
+from bridle.remote.store import RemoteStore
 from bridle.settings import RecipeError
 from bridle.training import lock
-from bridle.training.remote_store import RemoteStore, is_remote
 
 log = logging.getLogger("bridle")
 RECORD = ".uploaded.json"
@@ -54,7 +55,7 @@ class RemoteRun:
         when this run ended, and `push` will make up for it.
         """
         there = self.store.list()
-        self._read_record(self.store.read(ID) if ID in there else None)
+        self._read_record(self.store.read_text(ID) if ID in there else None)
         whole = _units(there)
         torn = [name for name in there if (found := UNIT.fullmatch(name)) and found[1] not in whole]
         self.record |= {name: [0, 0, there[name]] for name in torn}  # not here, so that `push` removes them
@@ -163,7 +164,7 @@ def on_disk(run: str, wanted: Callable[[str], bool] = lambda name: True) -> Iter
     Raises:
         RecipeError, OSError: see `RemoteStore`.
     """
-    if not is_remote(run):
+    if not is_url(run):
         yield Path(run)
         return
     with tempfile.TemporaryDirectory(prefix="bridle-") as folder:
@@ -197,7 +198,7 @@ class RemoteLockFile:
 
     def read(self) -> str | None:
         """See LockFile."""
-        return self.store.read(lock.NAME)
+        return self.store.read_text(lock.NAME)
 
     def replace(self, old: str, text: str) -> bool:
         """See LockFile."""

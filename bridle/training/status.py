@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import yaml
 
 from bridle.files import write_json
+from bridle.remote.access import is_url
+from bridle.remote.store import RemoteStore
 from bridle.settings import RecipeError
 from bridle.training.lock import NAME as LOCK
 from bridle.training.lock import STALE, Holder
-from bridle.training.remote_store import RemoteStore, is_remote
 
 ENDED = "ended.json"
 """How the last run in a folder ended; it says nothing while another one holds the lock, or left it behind."""
@@ -65,7 +66,7 @@ class RemoteRunFiles:
 
     def read(self, name: str) -> str | None:
         """See RunFiles."""
-        return self.store.read(name)
+        return self.store.read_text(name)
 
 
 @dataclass
@@ -124,7 +125,7 @@ def look(run: str) -> Status:
     Raises:
         RecipeError: no run there.
     """
-    files: RunFiles = RemoteRunFiles(run) if is_remote(run) else LocalRunFiles(Path(run))
+    files: RunFiles = RemoteRunFiles(run) if is_url(run) else LocalRunFiles(Path(run))
     recipe = yaml.safe_load(files.read("recipe.yaml") or "null")
     holder = Holder.read(files.read(LOCK))
     if not isinstance(recipe, dict) and holder is None:

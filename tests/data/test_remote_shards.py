@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import http.server
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from shard_inputs import MakeTar, write_tar
 
 from bridle.data import fetch
@@ -20,6 +22,7 @@ from bridle.data.patterns import expand
 from bridle.data.shards import ShardSet, open_shards
 from bridle.data.stream import Stream
 from bridle.data.writer import write_index
+from bridle.remote import access
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -69,7 +72,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(access, "FIRST_WAIT_SECONDS", 0.001)
 
 
 def samples(text: str, count: int = 6) -> list[tuple[str, bytes]]:
@@ -178,11 +181,17 @@ def test_a_truncated_remote_tar_is_named_by_its_url(server: Server, make_tar: Ma
         open_shards([f"{server.address}/s.tar?signature=secret"], extensions=["num"])
 
 
-def test_secrets_of_a_url_stay_out_of_messages(server: Server) -> None:
+@pytest.mark.parametrize("answer", [404, 403, 503, "drop"])
+def test_secrets_of_a_url_stay_out_of_messages(
+    server: Server, answer: int | str, make_tar: MakeTar, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_tar(server.root / "s.tar", samples("a"))
+    server.answers["/s.tar"] = [answer] * 99
     address = server.address.replace("http://", "http://user:password@")
-    with pytest.raises(ShardError, match="404") as error:
-        open_shards([f"{address}/s.tar?signature=secret"], extensions=["num"])
-    assert "secret" not in str(error.value) and "password" not in str(error.value)
+    with pytest.raises(ShardError, match=r"404|403|503|tries failed") as error:
+        open_shards([f"{address}/s.tar?signature=secret%2B"], extensions=["num"])
+    for said in (str(error.value), caplog.text):
+        assert "secret" not in said and "password" not in said
 
 
 def test_shards_of_one_name_do_not_meet(server: Server, tmp_path: Path, make_tar: MakeTar) -> None:
@@ -252,6 +261,34 @@ def test_a_pipe_that_stalls_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "PIPE_STALL_SECONDS", 0.2)
     with pytest.raises(ShardError, match=r"written nothing for 0\.2 s"):
         open_shards(["pipe:sleep 60"], extensions=["num"])
+
+
+def test_any_store_that_fsspec_knows_is_searched_and_read(tmp_path: Path, make_tar: MakeTar) -> None:
+    store = MemoryFileSystem()
+    for name in ("train-0", "train-1", "deep/train-2", "other-0"):
+        store.pipe_file(f"/bucket/{name}.tar", make_tar(tmp_path / "s.tar", samples(name)).read_bytes())
+    found = open_shards(["memory://bucket/train-*.tar"], extensions=["num"])
+    assert [shard.url for shard in found.shards] == ["memory://bucket/train-0.tar", "memory://bucket/train-1.tar"]
+    assert contents(found) == [content for _, content in samples("a") * 2]
+    everywhere = open_shards(["memory://bucket/*train-*.tar"], extensions=["num"])
+    assert [shard.url.rpartition("/")[2] for shard in everywhere.shards] == [
+        "train-2.tar",
+        "train-0.tar",
+        "train-1.tar",
+    ]
+    with pytest.raises(ShardError, match=r"^memory://bucket/none\.tar: not found .*; check the address"):
+        open_shards(["memory://bucket/none.tar"], extensions=["num"])
+    store.store.clear()
+
+
+@pytest.mark.parametrize(("scheme", "library", "extra"), [("gs", "gcsfs", "gs"), ("az", "adlfs", "az")])
+def test_a_store_whose_library_is_missing_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, library: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
+    with pytest.raises(ShardError, match=rf"^{scheme}://.*needs a library.*{library}.*pip install 'bridle\[{extra}\]'"):
+        open_shards([f"{scheme}://bucket/s.tar"], extensions=["num"])
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,8 @@ def test_a_wrong_hash_writes_nothing_and_keeps_what_was_there(s3: dict[str, str]
 @pytest.mark.parametrize(
     ("url", "more", "environment", "code", "said"),
     [
-        ("s3://models/half", [], {}, 2, "s3://models/half/model.safetensors: S3 answers NoSuchKey"),
-        ("s3://nowhere/audio", [], {}, 2, "s3://nowhere/audio/config.json: S3 answers NoSuchBucket"),
+        ("s3://models/half", [], {}, 2, "s3://models/half/model.safetensors: not found (S3 answers NoSuchKey"),
+        ("s3://nowhere/audio", [], {}, 2, "s3://nowhere/audio/config.json: not found (S3 answers NoSuchBucket"),
         ("/models/audio", [], {}, 2, "/models/audio: expected the URL of a model folder, s3://… or https://…"),
         ("s3://models/audio", ["--sha256", "abc"], {}, 2, "--sha256 'abc': expected 64 hexadecimal digits"),
         ("s3://models/audio", ["--sha256", ""], {}, 2, "--sha256 '': expected 64 hexadecimal digits"),

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from corpus_inputs import hashes, sample_media, write_model, write_shards, write_tar
+from fsspec.implementations.memory import MemoryFileSystem
 
 import bridle
 from bridle.cli import main
 from bridle.data.shards import open_shards
 from bridle.tokens.bulk import VOCABULARY
+from bridle.tokens.corpus import Corpus
 from bridle.tokens.layouts import from_text
 from bridle.tokens.vocabulary import IdSpace, id_space_from_json
 
@@ -323,6 +325,24 @@ def test_a_full_disk_costs_no_good_output(
         assert path.stat().st_size == whole[path.name]
     assert bulk(models["audio"], sounds, out, "--format", "webdataset") == 0
     assert hashes(out) == hashes(tmp_path / "whole")
+
+
+def test_any_store_that_fsspec_knows_takes_the_output(
+    models: dict[str, Path], sounds: list[Path], tmp_path: Path
+) -> None:
+    store = MemoryFileSystem()
+    assert bulk(models["audio"], sounds, tmp_path / "disk") == 0
+    for _ in range(2):  # the second finds it done
+        assert bulk(models["audio"], sounds, "memory://codes/some/where") == 0
+    disk = {path.relative_to(tmp_path / "disk").as_posix(): path for path in (tmp_path / "disk/data").iterdir()}
+    stored = {name.removeprefix("/codes/some/where/"): name for name in store.find("/codes/some/where/data")}
+    assert stored.keys() == disk.keys()
+    assert all(store.cat_file(stored[name]) == path.read_bytes() for name, path in disk.items())
+    assert bulk(models["audio"], sounds, "memory://codes/some/where", "--verify") == 0
+    assert len(list(Corpus("memory://codes/some/where"))) == 12
+    store.pipe_file(next(iter(stored.values())), b"damaged")
+    assert bulk(models["audio"], sounds, "memory://codes/some/where", "--verify") == 1
+    store.store.clear()
 
 
 def test_no_leftover_stands_in_the_output(models: dict[str, Path], sounds: list[Path], tmp_path: Path) -> None:

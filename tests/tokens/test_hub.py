@@ -67,6 +67,24 @@ def test_a_model_is_published_fetched_and_pinned(hub: Hub, models: dict[str, Pat
     assert set(hub.commits["someone/tiny"][0][1]) == {"config.json", "model.safetensors", "README.md"}
 
 
+def test_shards_on_the_hub_are_found_and_indexed(hub: Hub, sounds: list[Path], tmp_path: Path) -> None:
+    files = {f"train/{path.name}": path.read_bytes() for path in sounds}
+    hub.commits["someone/shards"] = [("a" * 40, {**files, "README.md": b"about"})]
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, "-m", "bridle.cli", "shards", "index", "--cache", str(tmp_path / "cache")]
+    for pattern, code in (("hf://someone/shards/train/*.tar", 0), ("hf://someone/shards/train/none.tar", 2)):
+        done = subprocess.run(
+            [*command, pattern], env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == code, done.stderr
+        found = [line.partition(" bytes")[0] for line in done.stdout.splitlines()]
+        counts = zip(sounds, (5, 3, 4), strict=True)
+        expected = [f"hf://someone/shards/train/{p.name}: {n} samples, {p.stat().st_size}" for p, n in counts]
+        assert found == (expected if code == 0 else [])
+    assert "hf://someone/shards/train/none.tar: not found" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_transformers_auto_classes_load_a_model_folder(models: dict[str, Path], tmp_path: Path) -> None:
     import transformers
 

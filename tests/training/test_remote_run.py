@@ -202,7 +202,7 @@ def test_training_goes_on_while_the_store_is_away_and_makes_up_for_it(undisturbe
     ("run", "changed", "said"),
     [
         ("s3://no-such-bucket/run", {}, "no-such-bucket/run/lock.json: not found"),
-        ("s3://runs/run", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no credentials"),
+        ("s3://runs/run", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no S3 credentials found"),
         ("s3://", {}, "expected s3://BUCKET/PREFIX"),
         ("s4://runs/run", {}, "s4"),
     ],

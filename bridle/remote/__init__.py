@@ -1,0 +1,1 @@
+"""Places that are not this machine's disk."""
