@@ -9,10 +9,11 @@ from pathlib import Path
 from bridle.data import index
 from bridle.data.errors import SampleError, ShardError
 from bridle.data.shards import ShardSet, open_shards, unused
+from bridle.modalities.clip import ClipError
 from bridle.remote.access import shown
 
 Decode = Callable[[bytes], object]
-"""Turns a sample's bytes into anything; its ValueError (ClipError) means a bad sample."""
+"""Turns a sample's bytes into anything; its ClipError means a bad sample."""
 
 Progress = Callable[[int, int], None]
 """Called with the samples of a shard that are done, and with all it has."""
@@ -60,7 +61,7 @@ def check_shard(
         except ShardError as error:
             checked.faults.append(str(error))
             break
-        except ValueError as error:
+        except ClipError as error:
             checked.faults.append(f"{checked.url}: sample '{sample.key}' ({sample.extension}): {error}")
     return checked
 

@@ -19,9 +19,12 @@ from bridle.data.handover import bytes_for_the_pipe, packed, stacked, unpacked, 
 from bridle.data.loaders import load
 from bridle.data.order import Order, SampleOrder
 from bridle.data.shards import ShardSet
+from bridle.modalities.clip import ClipError
 
 log = logging.getLogger(__name__)
 Make = Callable[[bytes, np.random.Generator], dict[str, torch.Tensor]]
+OF_ONE_SAMPLE = (ClipError, SampleError)
+"""What is wrong with one sample alone; anything else is a fault of its shard, or of ours, and ends the stream."""
 SUCCESSORS = 256
 """Samples tried for one position before the stream gives up."""
 
@@ -61,7 +64,7 @@ class Stream:
 
     Args:
         shards: what to read.
-        make: bytes and a generator to named tensors; picklable. Its ValueError (ClipError) means a corrupt sample. The
+        make: bytes and a generator to named tensors; picklable. Its ClipError means a corrupt sample. The
             generator is its own only until it returns; what it gives depends on (seed, epoch, position) alone.
         seed, block, window, shuffle, origin: see `SampleOrder`.
         order: another order than that.
@@ -95,7 +98,7 @@ class Stream:
         """The tensors of a sample that stands at a position, or stands in for the one there.
 
         Raises:
-            ValueError: a corrupt sample, or a fault of its shard.
+            ClipError, SampleError: a corrupt sample. ShardError: a fault of its shard.
         """
         return self.make(self.shards.data(sample), rng)
 
@@ -186,9 +189,7 @@ class _Positions(Dataset[Any]):
         epoch, sample = self.stream.order.locate(position)
         try:
             return self._made_of(sample, epoch, position)
-        except ValueError as error:
-            if not concerns_one_sample(error):
-                raise
+        except OF_ONE_SAMPLE as error:
             corrupt.append(Corrupt(position, *self.stream.shards.where(sample), str(error)))
         return self._successor(epoch, position, corrupt[-1])
 
@@ -202,11 +203,8 @@ class _Positions(Dataset[Any]):
         tried = min(end - begin, SUCCESSORS)
         for distance in range(1, tried):
             _, sample = order.locate(begin + (position - begin + distance) % (end - begin))
-            try:
+            with contextlib.suppress(*OF_ONE_SAMPLE):
                 return self._made_of(sample, epoch, position)
-            except ValueError as error:
-                if not concerns_one_sample(error):
-                    raise
         raise ShardError(
             f"{fault.shard}: sample '{fault.key}' ({fault.error}) and every one of the {tried - 1} samples behind it "
             "are corrupt; run `bridle shards check` on the shards, and check that they belong to this modality"
@@ -227,11 +225,6 @@ class _Generators:
         self._start["state"]["counter"][1] = position
         self._bits.state = self._start
         return self._generator
-
-
-def concerns_one_sample(error: ValueError) -> bool:
-    """A fault of the shard concerns them all; a SampleError is one that does not."""
-    return isinstance(error, SampleError) or not isinstance(error, ShardError)
 
 
 class _Prefetcher:

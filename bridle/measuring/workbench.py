@@ -21,6 +21,7 @@ from bridle.training.auto_clip import AUTO
 from bridle.training.checkpoints import PhaseCheckpoints
 from bridle.training.clips import Delivery, MakeClip, raw_modality
 from bridle.training.engine import build_engine, resolve_ds_config, uses_bf16
+from bridle.training.fits import check_recipe
 from bridle.training.flops import ClipFlops
 from bridle.training.joint import JointPhaseJob
 from bridle.training.keeper import Keeper
@@ -59,8 +60,10 @@ class Workbench:
         self.bf16 = uses_bf16(self.ds_config)
         self.modality = build_modality(recipe.modality, recipe.clip)
         patch = patch_shape(self.modality)
+        grid = tuple(self.modality.grid.values())
+        check_recipe(recipe, grid)
         self.make = Components(recipe.model, patch)
-        self.flops = ClipFlops(recipe, patch, tuple(self.modality.grid.values()))
+        self.flops = ClipFlops(recipe, patch, grid)
         sources = recipe.data.mixture or [DataSource(shards=[f"builtin:{recipe.modality}"])]
         self.shards = open_mixture(
             [(source.shards, source.weight) for source in sources],

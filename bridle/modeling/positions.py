@@ -18,11 +18,11 @@ def sincos_positions(grid: tuple[int, ...], width: int) -> Tensor:
     Raises:
         ValueError: a width too small for the number of axes.
     """
-    per_axis = width // (2 * len(grid))
-    if per_axis == 0:
+    if width < least_width(grid):
         raise ValueError(
-            f"width {width} is too small for positions on {len(grid)} axes; it must be {2 * len(grid)} or more"
+            f"width {width} is too small for positions on {len(grid)} axes; it must be {least_width(grid)} or more"
         )
+    per_axis = width // (2 * len(grid))
     frequencies = 1.0 / 10000 ** (torch.arange(per_axis, dtype=torch.float64) / per_axis)
     axes = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
     table = torch.zeros(axes[0].numel(), width, dtype=torch.float64)
@@ -32,6 +32,11 @@ def sincos_positions(grid: tuple[int, ...], width: int) -> Tensor:
         table[:, start : start + per_axis] = angles.sin()
         table[:, start + per_axis : start + 2 * per_axis] = angles.cos()
     return table.float()
+
+
+def least_width(grid: tuple[int, ...]) -> int:
+    """The smallest width that a grid's table has room in: a sine and a cosine for each axis."""
+    return 2 * len(grid)
 
 
 class Positions:

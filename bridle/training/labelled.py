@@ -15,7 +15,7 @@ from bridle.config import MaskSettings
 from bridle.data.chosen import ChosenOrder
 from bridle.data.order import Order
 from bridle.data.shards import ShardSet
-from bridle.data.stream import Stream, concerns_one_sample
+from bridle.data.stream import OF_ONE_SAMPLE, Stream
 from bridle.finetune_recipe import MixupSettings
 from bridle.modalities.clip import Modality
 from bridle.training.clips import MakeClip
@@ -120,9 +120,7 @@ class LabelledStream(Stream):
         _, partner = self.order.locate(position + 1 + int(rng.integers(REACH)))
         try:
             other = self._labelled(partner, position, rng)
-        except ValueError as error:
-            if not concerns_one_sample(error):
-                raise
+        except OF_ONE_SAMPLE:
             return {}
         mixed = {name: share * own[name] + (1 - share) * other[name] for name in ("values", "targets")}
         return mixed | {"padding": torch.minimum(own["padding"], other["padding"])}

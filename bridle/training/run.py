@@ -19,6 +19,7 @@ from bridle.modeling.tokenizer import Tokenizer
 from bridle.training.checkpoints import Position, cpu_buffers, read_position
 from bridle.training.clips import MakeClip
 from bridle.training.first_batches import fit_target, initialise_codebooks
+from bridle.training.fits import check_recipe
 from bridle.training.flops import ClipFlops
 from bridle.training.joint import JointPhaseJob
 from bridle.training.keeper import Keeper
@@ -52,9 +53,10 @@ class PretrainingRun(PhaseWalk[Recipe]):
         super().__init__(*args, **options)
 
     def _begin(self) -> None:
-        patch = patch_shape(self.modality)
+        patch, grid = patch_shape(self.modality), tuple(self.modality.grid.values())
+        check_recipe(self.recipe, grid)
         self.components = Components(self.recipe.model, patch)
-        self.flops = ClipFlops(self.recipe, patch, tuple(self.modality.grid.values()))
+        self.flops = ClipFlops(self.recipe, patch, grid)
         check_joint(self.recipe, self.ds_config)
         origin = self.origin
         if origin is not None:

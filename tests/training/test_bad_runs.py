@@ -15,6 +15,11 @@ import pytest
 import soundfile
 from launching import ROOT, command, environment, pretrain, rows
 
+from bridle.config import load_recipe
+from bridle.modalities import build_modality
+from bridle.settings import RecipeError
+from bridle.training.fits import check_recipe
+
 
 def tar_of(path: Path, members: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w") as tar:
@@ -46,6 +51,31 @@ def failed(done, code: int = 1) -> str:
 
 def test_a_pattern_that_matches_nothing_is_named(tmp_path):
     assert "none-*.tar" in failed(pretrain(tmp_path / "run", "--data", str(tmp_path / "none-*.tar"), check=False))
+
+
+def test_settings_that_do_not_fit_each_other_are_found_before_anything_is_written(tmp_path):
+    line = failed(pretrain(tmp_path / "run", "mask.kind=tube", check=False), code=2)
+    assert "mask.kind tube needs a grid of time, height and width; this one is (" in line
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "said"),
+    [
+        ("video-mini", ["model.decoder.kind=swin"], "model.decoder.kind swin needs clips with a grid of two axes"),
+        ("image-mini", ["mask.kind=tube"], "mask.kind tube needs a grid of time"),
+        ("video-mini", ["mask.kind=time_frequency"], "mask.kind time_frequency needs a grid of two axes"),
+        ("image-mini", ["mask.ratio=0.001"], "mask.ratio 0.001 hides 0 of"),
+        ("video-mini", ["model.encoder.width=4", "model.encoder.heads=1"], "model.encoder.width = 4: expected 6"),
+        ("audio-mini", ["model.decoder.width=2", "model.decoder.heads=1"], "model.decoder.width = 2: expected 4"),
+        ("image-mini", ["clip.size=[33, 32]"], r"size \(33, 32\) is not a multiple of patch"),
+        ("audio-mini", ["clip.mel_bins=100"], "patch 16 does not divide mel_bins 100"),
+    ],
+)
+def test_each_part_that_does_not_fit_is_named_by_its_field(recipe, changes, said):
+    with pytest.raises(RecipeError, match=said):
+        found = load_recipe(recipe, changes)
+        check_recipe(found, tuple(build_modality(found.modality, found.clip).grid.values()))
 
 
 def test_a_truncated_tar_is_named(tmp_path):
