@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from bridle import __version__
+from bridle.errors import MistakeError
 from bridle.home import settle
 from bridle.settings import RecipeError, nearest
 
@@ -39,6 +40,9 @@ COMMANDS = (
 )
 """Each is a file in bridle/commands/, with _ for -."""
 
+OUR_FAULT = 70
+"""Exit code of what nobody expected, as sysexits.h numbers it."""
+
 EXTRAS = {
     "deepspeed": "train",
     "tensorboard": "train",
@@ -50,7 +54,7 @@ EXTRAS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0 on success, 2 on a wrong argument, 1 on failure."""
+    """Runs one command. Returns 0 on success, 2 on a wrong argument, 1 on failure, 70 on a fault of ours."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--traceback" in arguments:
         arguments.remove("--traceback")
@@ -87,15 +91,24 @@ def report_mistakes(program: str, job: Callable[[], int]) -> int:
         advice = f"; it comes with pip install 'bridle[{extra}]'" if extra else ""
         print(f"{program}: error: {error}{advice}", file=sys.stderr)
         return 1
-    except (ValueError, OSError, ImportError) as error:
+    except (MistakeError, OSError, ImportError) as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except Exception as error:
-        if program != "bridle":  # a job's log is read afterwards
-            raise
         told = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"{program}: internal error: {told} (a fault of bridle's; --traceback shows where)", file=sys.stderr)
-        return 1
+        shown = ""
+        if not _traceback_wanted():
+            shown = "; --traceback or BRIDLE_TRACEBACK=1 shows where"
+            if program != "bridle":  # a job's log is read afterwards
+                traceback.print_exc()
+                shown = "; the lines above say where"
+        whose = "unexpected: a fault of bridle's or of a library"
+        print(f"{program}: internal error: {told} ({whose}{shown})", file=sys.stderr)
+        return OUR_FAULT
+
+
+def _traceback_wanted() -> bool:
+    return os.environ.get("BRIDLE_TRACEBACK", "0") not in ("", "0")
 
 
 def _traced(job: Callable[[], int]) -> int:
@@ -103,7 +116,7 @@ def _traced(job: Callable[[], int]) -> int:
     try:
         return job()
     except Exception:
-        if os.environ.get("BRIDLE_TRACEBACK", "0") not in ("", "0"):
+        if _traceback_wanted():
             traceback.print_exc()
         raise
 

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bridle.errors import MistakeError
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
@@ -95,7 +97,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); the file is damaged or not what it should be") from None
+        raise MistakeError(f"{path}: not valid JSON ({error}); the file is damaged or not what it should be") from None
 
 
 def sha256(path: Path) -> str:

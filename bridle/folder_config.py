@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from bridle.config import EncoderSettings, QuantizerSettings
+from bridle.errors import MistakeError
 from bridle.files import read_json
 from bridle.settings import RecipeError, Settings, parse_settings
 
@@ -17,7 +18,7 @@ CLASSIFIER = "bridle-classifier"
 """What config.json of a classifier folder says of itself (`bridle.classifier`)."""
 
 
-class ModelError(ValueError):
+class ModelError(MistakeError):
     """A folder that is no model, or not one that this version can load."""
 
 

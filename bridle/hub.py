@@ -11,6 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from bridle.errors import MistakeError
+
 log = logging.getLogger(__name__)
 FILES = ("config.json", "model.safetensors", "README.md")
 SCHEME = "hf://"
@@ -19,7 +21,7 @@ BUILTIN = "builtin:"
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-class HubError(ValueError):
+class HubError(MistakeError):
     """The hub does not have it, does not let us, or cannot be reached."""
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from bridle.errors import MistakeError
 from bridle.tokens.bulk import Prepared
 from bridle.tokens.parts import Part, read_parts
 from bridle.tokens.state import State
@@ -80,7 +81,7 @@ class _Tokenize:
         import pyarrow as pa
 
         if self.column not in table.column_names:
-            raise ValueError(f"column '{self.column}' is not in {table.column_names}; name the bytes' with column=")
+            raise MistakeError(f"column '{self.column}' is not in {table.column_names}; name the bytes' with column=")
         found = list(self.tokenizer(table.column(self.column).to_pylist()))
         axes = self.tokenizer.model.modality.axes
         codes = [None if one.stream is None else one.stream.codes.T.tolist() for one in found]

@@ -8,6 +8,8 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bridle.errors import MistakeError
+
 
 class Settings(BaseModel):
     """Base of all settings: immutable, keyword-only, unknown keys refused."""
@@ -15,7 +17,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
-class RecipeError(ValueError):
+class RecipeError(MistakeError):
     """A recipe or an override that cannot be honoured; the message says where, what and what to do."""
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from bridle.cli import report_mistakes
+from bridle.modalities.clip import UndecodableError
+from bridle.settings import RecipeError
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -37,9 +39,32 @@ def test_a_fault_of_ours_is_not_told_as_a_users(
         raise KeyError("a bug")
 
     monkeypatch.delenv("BRIDLE_TRACEBACK", raising=False)
-    assert report_mistakes("bridle", broken) == 1
+    assert report_mistakes("bridle", broken) == 70
     told = capsys.readouterr().err
     assert "internal error: KeyError" in told and "--traceback" in told and "Traceback (most" not in told
-    monkeypatch.setenv("BRIDLE_TRACEBACK", "1")
-    assert report_mistakes("bridle", broken) == 1
+    assert report_mistakes("pretrain", broken) == 70  # whose log is read afterwards
     assert "Traceback (most" in capsys.readouterr().err
+    monkeypatch.setenv("BRIDLE_TRACEBACK", "1")
+    for program in ("bridle", "pretrain"):
+        assert report_mistakes(program, broken) == 70
+        assert capsys.readouterr().err.count("Traceback (most") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ValueError("of ours"), 70, "internal error: ValueError: of ours"),
+        (RecipeError("of a recipe"), 2, "error: of a recipe"),
+        (UndecodableError("of a file"), 1, "error: of a file"),
+        (OSError("of a disk"), 1, "error: of a disk"),
+    ],
+)
+def test_the_exit_code_tells_whose_fault_it_is(
+    error: Exception, code: int, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing() -> int:
+        raise error
+
+    monkeypatch.delenv("BRIDLE_TRACEBACK", raising=False)
+    assert report_mistakes("bridle", failing) == code
+    assert capsys.readouterr().err.startswith(f"bridle: {told}")

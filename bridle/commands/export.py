@@ -6,6 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
+from bridle.errors import MistakeError
+
 HELP = "write the model folder of a run's finished iteration"
 
 
@@ -59,12 +61,12 @@ def _choose(run: str, iteration: int | None, phases: list[int], finished: list[i
     if iteration is not None and not 1 <= iteration <= len(phases):
         raise RecipeError(f"--iteration {iteration}: {run} has iterations 1 to {len(phases)}")
     if not finished:
-        raise ValueError(f"{run}: no iteration is finished yet; let the run reach the end of its first encoder phase")
+        raise MistakeError(f"{run}: no iteration is finished yet; let the run reach the end of its first encoder phase")
     if iteration is None:
         return finished[-1]
     if phases[iteration - 1] not in finished:
         done = ", ".join(str(phases.index(index) + 1) for index in finished)
-        raise ValueError(f"{run}: iteration {iteration} is not finished yet; finished: {done}")
+        raise MistakeError(f"{run}: iteration {iteration} is not finished yet; finished: {done}")
     return phases[iteration - 1]
 
 
@@ -77,6 +79,6 @@ def _refuse_to_overwrite(target: Path) -> None:
         try:
             read_config(target)
         except (ModelError, OSError):
-            raise ValueError(
+            raise MistakeError(
                 f"{target}: exists and is no model folder; nothing was written, choose another path"
             ) from None

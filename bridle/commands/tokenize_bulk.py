@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any
 
+from bridle.errors import MistakeError
 from bridle.settings import RecipeError
 
 FORMATS = ("parquet", "webdataset", "megatron", "jsonl")
@@ -188,7 +189,7 @@ def _verify(args: argparse.Namespace, model: Any) -> int:
     job = store.read_json(JOB) or {}
     found = job.get("model", {}).get("sha256")
     if found != model.sha256:
-        raise ValueError(f"{store.address}: made by a model of sha256 {found}, this one has {model.sha256}")
+        raise MistakeError(f"{store.address}: made by a model of sha256 {found}, this one has {model.sha256}")
     per_unit = job["settings"].get("files_per_unit", args.files_per_output)
     inputs = open_inputs(args.inputs, model.modality, files_per_unit=per_unit) if args.inputs else None
     faults = verify(store, inputs)

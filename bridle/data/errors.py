@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bridle.errors import MistakeError
 from bridle.settings import RecipeError
 
 
-class ShardError(ValueError):
+class ShardError(MistakeError):
     """A shard, a list of shards or a source that cannot be used; names the file, what was found and what to do."""
 
 

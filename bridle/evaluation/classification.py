@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bridle.errors import MistakeError
 from bridle.evaluation.probe_scores import accuracy, balanced_accuracy, draws, mean_average_precision, top_accuracy
 from bridle.files import whole_file
 from bridle.modalities.clip import Clip, Modality
@@ -101,7 +102,7 @@ def read_scores(run: Path) -> Scored:
                 torch.from_numpy(found["targets"]), bool(found["several"]),
             )  # fmt: skip
     except (KeyError, OSError, BadZipFile) as error:
-        raise ValueError(f"{path}: damaged ({error}); start that run again, which writes it anew") from None
+        raise MistakeError(f"{path}: damaged ({error}); start that run again, which writes it anew") from None
 
 
 def joined(parts: Sequence[Scored]) -> Scored:
@@ -112,7 +113,7 @@ def joined(parts: Sequence[Scored]) -> Scored:
     """
     first = parts[0]
     if any(part.classes != first.classes for part in parts):
-        raise ValueError("the folds were trained on other classes; some have too few files to be in every fold")
+        raise MistakeError("the folds were trained on other classes; some have too few files to be in every fold")
     return Scored(
         [file for part in parts for file in part.files], first.classes, torch.cat([part.scores for part in parts]),
         torch.cat([part.targets for part in parts]), any(part.several for part in parts),
@@ -132,7 +133,7 @@ def difference(ours: Sequence[Scored], theirs: Sequence[Scored], seed: int = 0) 
     for run in (*ours[1:], *theirs):
         alike = run.files == first.files and run.classes == first.classes
         if not alike or not torch.equal(run.targets, first.targets):
-            raise ValueError("these runs were scored on other files or classes, so that nothing can be paired")
+            raise MistakeError("these runs were scored on other files or classes, so that nothing can be paired")
     weights = draws(first.files, DRAWS, seed)
     found = {}
     for name, metric in metrics_of(len(first.classes), first.several).items():

@@ -17,6 +17,7 @@ from torch import Tensor
 from bridle.data.errors import ShardError
 from bridle.data.handover import packed, unpacked
 from bridle.data.shards import ShardSet
+from bridle.errors import MistakeError
 from bridle.modalities.clip import ClipError, Modality
 from bridle.model_folder import BridleModel
 
@@ -146,7 +147,7 @@ def measure(model: BridleModel, windows: Iterable[Window | Skipped], batch_size:
     if batch:
         _count(model, batch, usage)
     if not usage.windows:
-        raise ValueError(f"none of {len(usage.skipped)} files could be read; the first: {usage.skipped[0]}")
+        raise MistakeError(f"none of {len(usage.skipped)} files could be read; the first: {usage.skipped[0]}")
     return usage
 
 

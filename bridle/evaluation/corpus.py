@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bridle.errors import MistakeError
 from bridle.tokens.corpus import Corpus, Row
 
 Codes = npt.NDArray[np.int64]
@@ -77,7 +78,7 @@ def measure(corpus: Corpus) -> Measured:
             if len(longest) > LONG_RUNS:
                 heapq.heappop(longest)
     if not found.clips:
-        raise ValueError(f"{corpus.store.address}: holds no clip")
+        raise MistakeError(f"{corpus.store.address}: holds no clip")
     found.runs = [run for *_, run in sorted(longest, key=lambda one: one[:3], reverse=True)]
     found.ngrams = Counter(dict(found.ngrams.most_common(TOP)))
     _examples(found, corpus, np.array(digests, np.uint64))

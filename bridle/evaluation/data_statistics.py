@@ -14,6 +14,7 @@ import torch
 from bridle.data.errors import ShardError
 from bridle.data.index import SUFFIX as INDEX
 from bridle.data.shards import Shard, ShardSet
+from bridle.errors import MistakeError
 from bridle.files import read_json, whole_file
 from bridle.modalities.clip import ClipError, Modality
 
@@ -101,7 +102,7 @@ def measure(
         first += shard.count
         progress(first)
     if not whole.count:
-        raise ValueError(f"none of {whole.skipped} samples can be decoded; run `bridle shards check` on them")
+        raise MistakeError(f"none of {whole.skipped} samples can be decoded; run `bridle shards check` on them")
     return whole
 
 
@@ -117,7 +118,7 @@ def read(sets: Sequence[tuple[ShardSet, float]], modality: Modality) -> Statisti
             found = _read(statistics_file(shard), modality)
             if found is None:
                 command = f"bridle shards stats {shard.url} --modality {modality.name}"
-                raise ValueError(f"{shard.url}: no statistics beside its index; run `{command}` on all of the shards")
+                raise MistakeError(f"{shard.url}: no statistics beside its index; run `{command}` on all of the shards")
             whole.add(found, weight)
     return whole
 

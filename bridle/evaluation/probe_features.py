@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bridle.config import DecoderSettings, ModelSettings
+from bridle.errors import MistakeError
 from bridle.evaluation.codebooks import Skipped, Window, Windows
 from bridle.evaluation.probe_scores import READERS
 from bridle.model_folder import BridleModel, patch_shape
@@ -139,7 +140,7 @@ def _first_latents(tokenizers: Sequence[Tokenizer], windows: Windows, files: Seq
                     content = tokenizer.latents(item.values[None])[0, : item.positions]
                     latents.append(content[:: -(-item.positions // most)].clone())
     if not found[0]:
-        raise ValueError(f"none of the first {len(files)} files could be decoded as {windows.modality.name}")
+        raise MistakeError(f"none of the first {len(files)} files could be decoded as {windows.modality.name}")
     return [torch.cat(latents) for latents in found]
 
 
@@ -176,7 +177,7 @@ def pooled(
     if batch:
         flush()
     if not files:
-        raise ValueError(f"none of {len(skipped)} files could be read; the first: {(skipped or ['no file'])[0]}")
+        raise MistakeError(f"none of {len(skipped)} files could be read; the first: {(skipped or ['no file'])[0]}")
     numbers = sorted(files)
     return Pooled(numbers, _features(model, [files[number] for number in numbers]), skipped)
 
@@ -240,7 +241,7 @@ def _features(model: BridleModel, files: list[_File]) -> list[Feature]:
     features = [*own, *controls, Feature(statistics_name(model), [values])]
     for feature in features:
         if not all(bool(copy.isfinite().all()) for copy in feature.copies):
-            raise ValueError(
+            raise MistakeError(
                 f"{feature.name}: holds values that are not finite; is the model {model.config.name} damaged?"
             )
     return features

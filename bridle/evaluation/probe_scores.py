@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bridle.errors import MistakeError
+
 NEIGHBOURS = 5
 """The nearest training files that vote."""
 PENALTIES = torch.logspace(-5, 4, 19, dtype=torch.float64)
@@ -30,7 +32,9 @@ def folds_of(groups: Sequence[str], targets: Tensor, folds: int, seed: int) -> T
     """
     names, member = np.unique(np.asarray(groups), return_inverse=True)
     if len(names) < folds:
-        raise ValueError(f"{len(names)} groups (files, without --group) for {folds} folds; ask for fewer with --folds")
+        raise MistakeError(
+            f"{len(names)} groups (files, without --group) for {folds} folds; ask for fewer with --folds"
+        )
     sizes = np.bincount(member)
     classes = np.zeros((len(names), targets.shape[1]))
     np.add.at(classes, member, targets.numpy().astype(float))

@@ -19,6 +19,7 @@ from bridle.config import (
     recipe_from_mapping,
     refuse_finetuning,
 )
+from bridle.errors import MistakeError
 from bridle.files import read_json
 from bridle.settings import RecipeError
 
@@ -116,7 +117,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     found = read_json(path)
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: found {type(found).__name__}, expected a JSON object")
+        raise MistakeError(f"{path}: found {type(found).__name__}, expected a JSON object")
     return found
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bridle.config import ColdStartPhase, Recipe
+from bridle.errors import MistakeError
 from bridle.evaluation.codebooks import CodebookUsage, code_usage_rate, effective_code_usage
 from bridle.evaluation.linear_probe import ProbeSettings
 from bridle.evaluation.probe import Task, figures
@@ -138,5 +139,5 @@ def same_files(measured: Iterable[Measured]) -> Tensor:
     """
     first, *others = [each.files for each in measured]
     if any(not torch.equal(first, other) for other in others):
-        raise ValueError("models were measured on different files: the shards have changed; begin in another --out")
+        raise MistakeError("models were measured on different files: the shards have changed; begin in another --out")
     return first

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bridle.config import QuantizerSettings
+from bridle.errors import MistakeError
 from bridle.modeling.kept_precision import KeptPrecision
 from bridle.modeling.kmeans import kmeans, random_rows
 from bridle.modeling.lookup import Codebook, cluster_sums, full_float32, nearest, rows_at_once, scores
@@ -189,7 +190,7 @@ class ResidualQuantizer(KeptPrecision):
         if latents.ndim != 2 or latents.shape[1] != self.settings.dim or len(latents) == 0:
             raise ValueError(f"latents: found shape {list(latents.shape)}, expected [S >= 1, {self.settings.dim}]")
         if not latents.isfinite().all():
-            raise ValueError("latents: the first batch holds values that are not finite")
+            raise MistakeError("latents: the first batch holds values that are not finite")
         with full_float32(latents.device):
             points = normalize(latents)
             for stage in range(self.settings.codebooks):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bridle.errors import MistakeError
 
-class RefusedError(ValueError):
+
+class RefusedError(MistakeError):
     """What a child's work refuses on purpose: the input is at fault. Its subclasses travel by their names."""
 
 

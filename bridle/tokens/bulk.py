@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bridle.errors import MistakeError
 from bridle.model_folder import BridleModel
 from bridle.settings import RecipeError
 from bridle.tokens.documents import PLAIN, Documents, Template
@@ -197,23 +198,23 @@ def _agree(store: Store, about: dict[str, Any]) -> None:
     before = store.read_json(JOB)
     if before is None:
         if store.exists():
-            raise ValueError(f"{store.address}: holds files, but no {JOB}; choose an empty folder")
+            raise MistakeError(f"{store.address}: holds files, but no {JOB}; choose an empty folder")
         return
     if before == about:
         return
     if before.get("version") != about["version"]:
-        raise ValueError(f"{store.shown(JOB)}: version {before.get('version')!r}, expected {about['version']}")
+        raise MistakeError(f"{store.shown(JOB)}: version {before.get('version')!r}, expected {about['version']}")
     for section in ("model", "settings"):
         for name, value in about[section].items():
             found = before.get(section, {}).get(name)
             if found != value:
                 if name == "files":
-                    raise ValueError(f"{store.address}: files came, went or changed since; choose another --out")
-                raise ValueError(
+                    raise MistakeError(f"{store.address}: files came, went or changed since; choose another --out")
+                raise MistakeError(
                     f"{store.address}: holds the job of another {section}: {name} was {found!r}, now it is {value!r}; "
                     "give what it was, or choose another --out"
                 )
-    raise ValueError(f"{store.shown(JOB)}: not what this job would write; choose another --out")
+    raise MistakeError(f"{store.shown(JOB)}: not what this job would write; choose another --out")
 
 
 def _publish(store: Store, about: dict[str, Any], space: IdSpace, tokenizer: Tokenizer | None) -> None:

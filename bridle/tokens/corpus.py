@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bridle.errors import MistakeError
 from bridle.tokens.bulk import VOCABULARY
 from bridle.tokens.formats import DATA, INDEX_HEADER, MEGATRON_TYPES
 from bridle.tokens.layouts import Ids, TokenError
@@ -49,7 +50,7 @@ class Corpus:
         self.store = Store(address)
         self.manifest = self.store.read_json(MANIFEST)
         if not isinstance(self.manifest, dict) or "parts" not in self.manifest or "length" in self.manifest:
-            raise ValueError(
+            raise MistakeError(
                 f"{address}: no {MANIFEST} of bulk work there; give the --out of a `bridle tokenize` that has ended"
             )
         self.model: dict[str, Any] = self.manifest["model"]
@@ -167,9 +168,9 @@ def read_index(path: Path) -> tuple[npt.DTypeLike, npt.NDArray[np.int32], npt.ND
     content = path.read_bytes()
     head = len(INDEX_HEADER) + struct.calcsize("<QBQQ")
     if not content.startswith(INDEX_HEADER) or len(content) < head:
-        raise ValueError(f"{path}: not an index of Megatron's")
+        raise MistakeError(f"{path}: not an index of Megatron's")
     _, code, count, _ = struct.unpack_from("<QBQQ", content, len(INDEX_HEADER))
     if code not in MEGATRON_TYPES or len(content) < head + 12 * count:
-        raise ValueError(f"{path}: type {code} of {count} sequences in {len(content)} bytes; it is damaged")
+        raise MistakeError(f"{path}: type {code} of {count} sequences in {len(content)} bytes; it is damaged")
     lengths = np.frombuffer(content, np.int32, count, head)
     return MEGATRON_TYPES[code], lengths, np.frombuffer(content, np.int64, count, head + 4 * count)

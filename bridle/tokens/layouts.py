@@ -24,6 +24,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from bridle.errors import MistakeError
+
 Layout = Literal["interleaved", "delay", "coarse_first"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 Ids = npt.NDArray[np.int64]
@@ -31,7 +33,7 @@ Ids = npt.NDArray[np.int64]
 _TEXT_TOKEN = re.compile(r"<\|(/?)([a-z]+)(?::(?:(\d{1,4}):(\d{1,9})|(hole)))?\|>")
 
 
-class TokenError(ValueError):
+class TokenError(MistakeError):
     """Ids, codes or text that no layout could have written; the message says where."""
 
 

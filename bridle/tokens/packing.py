@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bridle.errors import MistakeError
 from bridle.files import sha256
 from bridle.settings import RecipeError
 from bridle.tokens.bulk import TOKENIZER, VOCABULARY
@@ -84,7 +85,7 @@ def pack_corpus(source: str, out: str, length: int) -> dict[str, Any]:
         raise RecipeError(f"--length {length}: expected 2 or more")
     corpus, store = Corpus(source), Store(out)
     if corpus.kind == "jsonl" or corpus.tokens.layout == "parallel":
-        raise ValueError(f"{source}: format {corpus.kind}, layout {corpus.tokens.layout}: no flat ids to pack; "
+        raise MistakeError(f"{source}: format {corpus.kind}, layout {corpus.tokens.layout}: no flat ids to pack; "
                          "tokenize to parquet, webdataset or megatron, in another layout than parallel")  # fmt: skip
     about = {
         "version": 1,
@@ -95,7 +96,7 @@ def pack_corpus(source: str, out: str, length: int) -> dict[str, Any]:
     }
     before = store.read_json(JOB)
     if before not in (None, about) or (before is None and store.exists()):
-        raise ValueError(f"{out}: holds something else than this packing; choose an empty folder")
+        raise MistakeError(f"{out}: holds something else than this packing; choose an empty folder")
     if before is None:
         for name in (VOCABULARY, *(f"{TOKENIZER}/{name}" for name in corpus.store.sizes(TOKENIZER))):
             store.put_bytes(name, corpus.store.read(name) or b"")

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from bridle.errors import MistakeError
 from bridle.tokens.engine import Finished
 from bridle.tokens.formats import DATA, Written, utf8
 from bridle.tokens.sources import Inputs, Unit
@@ -101,7 +102,7 @@ def refuse_changed(store: Store, inputs: Inputs, number: int, part: Part) -> Non
         if modified is not None and made is not None and modified > made:
             changed = inputs.digest(number) != part.source_sha256
     if changed:
-        raise ValueError(
+        raise MistakeError(
             f"{unit.source}: has changed since it was tokenized into {store.shown(f'{DATA}/{unit.name}')}.*; delete "
             f"{store.shown(f'{PARTS}/{unit.name}.json')} to have it done again, or choose another output"
         )
@@ -137,7 +138,7 @@ def verify(store: Store, inputs: Inputs | None = None) -> list[str]:
     """
     written = store.read_json(MANIFEST)
     if not isinstance(written, dict) or not isinstance(written.get("parts"), list):
-        raise ValueError(f"{store.shown(MANIFEST)}: not there or no manifest; let the same command finish first")
+        raise MistakeError(f"{store.shown(MANIFEST)}: not there or no manifest; let the same command finish first")
     faults, expected, sizes = [], {}, store.sizes(DATA)
     for raw in written["parts"]:
         part = Part(**raw)

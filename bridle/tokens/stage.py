@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bridle.errors import MistakeError
 from bridle.modalities.clip import ClipError
 from bridle.modalities.joining import Place
 from bridle.model_folder import BridleModel, CodeStream
@@ -115,7 +116,7 @@ def webdataset_stage(
                 name = next((name for name in model.modality.extensions if name in sample), None)
                 if name is None:
                     kinds = ", ".join(model.modality.extensions)
-                    raise ValueError(f"sample '{sample.get('__key__')}': no member of {kinds} in {sorted(sample)}")
+                    raise MistakeError(f"sample '{sample.get('__key__')}': no member of {kinds} in {sorted(sample)}")
                 waiting.append((sample, name))
                 yield sample[name]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from bridle.errors import MistakeError
 from bridle.tokens.bulk import Prepared
 from bridle.tokens.formats import DATA
 from bridle.tokens.parts import PARTS, Part, read_parts, refuse_changed, whole
@@ -13,7 +14,7 @@ FEW = 100
 """Samples below which the share of skipped ones says little; the job's end counts whatever there is."""
 
 
-class TooManySkippedError(ValueError):
+class TooManySkippedError(MistakeError):
     """More samples than `max_corrupt` allows could not be read."""
 
 

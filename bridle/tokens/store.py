@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bridle.errors import MistakeError
 from bridle.files import sha256, whole_file
 from bridle.remote.access import OutOfReachError, RefusedError, is_url
 from bridle.remote.store import RemoteStore
@@ -88,7 +89,7 @@ class Store:
         try:
             return json.loads(content)
         except ValueError as error:
-            raise ValueError(f"{self.shown(name)}: not valid JSON ({error}); delete it and start again") from None
+            raise MistakeError(f"{self.shown(name)}: not valid JSON ({error}); delete it and start again") from None
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Names (relative to `folder`) and bytes of the files right in a folder; empty where there is none."""

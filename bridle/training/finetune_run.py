@@ -17,6 +17,7 @@ from bridle.classifier import Classifier, is_whole_classifier, new_config, save_
 from bridle.data.chosen import ChosenOrder
 from bridle.data.shards import ShardSet
 from bridle.data.stream import Stream
+from bridle.errors import MistakeError
 from bridle.evaluation.classification import Scored, figures, plain, spelled, write_scores
 from bridle.evaluation.probe import Labelled, read_labels
 from bridle.evaluation.probe_scores import folds_of
@@ -30,6 +31,7 @@ from bridle.settings import RecipeError
 from bridle.training.checkpoints import PhaseCheckpoints, read_position, read_tensors
 from bridle.training.classifying import FinetuneJob
 from bridle.training.clips import Delivery
+from bridle.training.fits import check_mask, check_width
 from bridle.training.flops import TRAINED, encoder_flops
 from bridle.training.heldout_scores import score_files
 from bridle.training.keeper import Keeper
@@ -74,6 +76,10 @@ class FinetuneRun(PhaseWalk[FinetuneRecipe]):
         """Labels, read by rank 0 and told to the others."""
         assert self.recipe.encoder is not None
         self.encoder_settings = self.recipe.encoder
+        grid = tuple(self.modality.grid.values())
+        check_width(self.encoder_settings.width, grid, "encoder.width")
+        if self.recipe.phase.mask is not None:
+            check_mask(self.recipe.phase.mask, grid, "phases.0.")
         found = self.ranks.on_first(self._read_labels)
         names = found["names"]
         self.labels = Labels.of(found["train"], names)
@@ -190,7 +196,7 @@ class FinetuneRun(PhaseWalk[FinetuneRecipe]):
         )  # fmt: skip
         read = ~scores.isnan().any(1)
         if not bool(read.any()):
-            raise ValueError("no held-out file could be read; the warnings above say why")
+            raise MistakeError("no held-out file could be read; the warnings above say why")
         places = [shards.where(number) for number in tested.chosen.tolist()]
         files = [f"{Path(shard).name}/{key}" for (shard, key), good in zip(places, read.tolist(), strict=True) if good]
         targets = torch.stack([tested.targets(number) for number in tested.chosen.tolist()])[read] > 0

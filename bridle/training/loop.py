@@ -13,6 +13,7 @@ import torch
 
 from bridle.config import DataSettings, TrainedPhase, TrainSettings
 from bridle.data.stream import MicroBatch, Stream
+from bridle.errors import MistakeError
 from bridle.evaluation.health import verdict
 from bridle.training.checkpoints import PhaseCheckpoints, Position
 from bridle.training.clips import Delivered, Delivery
@@ -29,11 +30,11 @@ from bridle.training.watchdog import Watchdog
 log = logging.getLogger("bridle")
 
 
-class NonFiniteLossError(ValueError):
+class NonFiniteLossError(MistakeError):
     """The loss stopped being a number; the last checkpoint is from before."""
 
 
-class CorruptDataError(ValueError):
+class CorruptDataError(MistakeError):
     """More samples than allowed could not be read."""
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bridle.errors import MistakeError
 from bridle.files import clear_disk_errors, read_json, sha256, write_json
 
 NAME = "manifest.json"
 FORMAT = 1
 
 
-class CheckpointError(ValueError):
+class CheckpointError(MistakeError):
     """A checkpoint that is damaged, of another version, or that does not fit the recipe's model."""
 
 
