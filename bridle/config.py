@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from bridle.recipe_files import read_recipe_file
-from bridle.settings import RecipeError, Settings, nearest, parse_settings
+from bridle.settings import JudgedByContent, MayChange, RecipeError, Settings, nearest, parse_settings
 
 Positive = Annotated[int, Field(gt=0)]
+MAY_CHANGE, JUDGED_BY_CONTENT = MayChange(), JudgedByContent()
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -121,13 +122,13 @@ class DataSource(Settings):
 class DataSettings(Settings):
     """Where clips come from and how they are read."""
 
-    shards: list[str] | None = None
+    shards: Annotated[list[str] | None, JUDGED_BY_CONTENT] = None
     """Paths, globs or brace patterns; local, s3://, https:// or pipe:. `builtin:MODALITY` is the sample that ships."""
-    sources: Annotated[list[DataSource], Field(min_length=1)] | None = None
+    sources: Annotated[Annotated[list[DataSource], Field(min_length=1)] | None, JUDGED_BY_CONTENT] = None
     """Instead of `shards`: several sources, each with a weight."""
-    heldout: list[str] | None = None
+    heldout: Annotated[list[str] | None, JUDGED_BY_CONTENT] = None
     """The same, for the clips that only evaluation sees; none: no held-out evaluation."""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0), MAY_CHANGE] = 2
     """Loader processes per rank."""
     features_on_device: bool = False
     """Whether spectrograms are computed where the model is instead of in the loaders: the same to rounding (1e-5).
@@ -136,11 +137,11 @@ class DataSettings(Settings):
     """Neighbouring samples that stay together when blocks are permuted."""
     shuffle_window: Positive = 64
     """Permuted blocks whose samples are then mixed."""
-    max_corrupt: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_corrupt: Annotated[float, Field(ge=0, le=1), MAY_CHANGE] = 0.01
     """Share of samples that may fail to decode before the run stops."""
-    cache: str | None = None
+    cache: Annotated[str | None, MAY_CHANGE] = None
     """Folder for remote shards; default: the user's cache folder."""
-    cache_gb: Annotated[float, Field(gt=0)] = 50.0
+    cache_gb: Annotated[float, Field(gt=0), MAY_CHANGE] = 50.0
     """Bound on that folder, in gigabytes (10^9 bytes)."""
 
     @model_validator(mode="after")
@@ -160,7 +161,7 @@ class TrainSettings(Settings):
 
     batch_size: Positive
     """Clips per optimizer step over all ranks and accumulation steps."""
-    micro_batch_size: Positive | None = None
+    micro_batch_size: Annotated[Positive | None, MAY_CHANGE] = None
     """Clips per forward pass and rank at most; none: batch_size over the number of ranks."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas."""
@@ -168,21 +169,21 @@ class TrainSettings(Settings):
     """AdamW's decay of matrices; biases and norms have none."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
     """Norm to which gradients are clipped; 0: not at all."""
-    log_every: Positive = 10
+    log_every: Annotated[Positive, MAY_CHANGE] = 10
     """Optimizer steps between two rows of metrics."""
-    checkpoint_every: Positive = 500
+    checkpoint_every: Annotated[Positive, MAY_CHANGE] = 500
     """Optimizer steps between two checkpoints."""
-    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    evaluate_every: Annotated[int, Field(ge=0), MAY_CHANGE] = 0
     """Optimizer steps between two held-out evaluations; 0: only at the end of a phase."""
-    evaluate_clips: Positive = 256
+    evaluate_clips: Annotated[Positive, MAY_CHANGE] = 256
     """Held-out clips looked at, at most."""
-    collective_timeout: Annotated[float, Field(gt=0)] = 600.0
+    collective_timeout: Annotated[float, Field(gt=0), MAY_CHANGE] = 600.0
     """Seconds that ranks wait for each other, at the start and in a step; then the run ends, naming who is missing."""
-    compile: bool = False
+    compile: Annotated[bool, MAY_CHANGE] = False
     """Have torch compile the transformers' blocks: minutes at the start, then fewer kernels. Not with ZeRO stage 3."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
-    prometheus_port: Annotated[int, Field(ge=0, le=65535)] = 9464
+    prometheus_port: Annotated[int, Field(ge=0, le=65535), MAY_CHANGE] = 9464
     """Port of rank 0's metrics; a taken port is replaced by a free one, which is logged; 0: off."""
 
 

@@ -11,6 +11,9 @@ import yaml
 
 from bridle.settings import RecipeError, apply_override, nearest
 
+RUN_RECIPE = "recipe.yaml"
+"""Name in a run folder."""
+
 
 def shipped_recipes(below: str = "") -> list[str]:
     """Names of the recipes inside the package; below: `finetune` for those of fine-tuning."""
@@ -41,10 +44,37 @@ def _read(name: str, below: str) -> dict[str, Any]:
         text = (resources.files("bridle") / "recipes" / below / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise RecipeError(f"recipe '{name}' is unknown{nearest(name, shipped_recipes(below))} (or give a FILE.yaml)")
+    return parse_recipe(text, f"recipe {name}")
+
+
+def parse_recipe(text: str, where: str) -> dict[str, Any]:
+    """A recipe's text as plain data.
+
+    Raises:
+        RecipeError: malformed YAML, or no mapping.
+    """
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {name}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise RecipeError(f"recipe {name}: found {type(raw).__name__}, expected a mapping of settings")
+        raise RecipeError(f"{where}: found {type(raw).__name__}, expected a mapping of settings")
     return raw
+
+
+def read_run_recipe_file(run: Path) -> tuple[dict[str, Any], str]:
+    """The recipe that a run folder was started with, as plain data and as text.
+
+    Raises:
+        RecipeError: no run there, or its recipe is malformed.
+    """
+    path = run / RUN_RECIPE
+    if not path.is_file():
+        raise no_run(run)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return parse_recipe(text, str(path)), text
+
+
+def no_run(run: Path | str) -> RecipeError:
+    """What to say of a place that is no run folder."""
+    return RecipeError(f"{run}: no {RUN_RECIPE} there; give a run folder, such as runs/audio-mini")

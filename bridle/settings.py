@@ -11,6 +11,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bridle.errors import MistakeError
 
 
+class MayChange:
+    """Beside a setting: it changes neither the order of the data nor the mathematics, so a resumed run may have another
+    value. ``Annotated[int, MayChange()]``."""
+
+
+class JudgedByContent:
+    """Beside a setting that names data: what it leads to is compared (see `BegunWith`), so that it may be moved."""
+
+
 class Settings(BaseModel):
     """Base of all settings: immutable, keyword-only, unknown keys refused."""
 
@@ -77,6 +86,17 @@ def _known_keys(cls: type[Settings], loc: tuple[int | str, ...]) -> set[str]:
         ]
         classes = tagged or classes
     return {name for owner in classes for name in owner.model_fields}
+
+
+def marked(cls: type[Settings], mark: type[Any], prefix: str = "") -> set[str]:
+    """Dotted keys of the settings of a class, and of those below it, that have a mark beside them."""
+    found = set()
+    for name, field in cls.model_fields.items():
+        if any(isinstance(beside, mark) for beside in field.metadata):
+            found.add(prefix + name)
+        for below in _settings_in(field.annotation):
+            found |= marked(below, mark, f"{prefix}{name}.")
+    return found
 
 
 def _kinds(owner: Any) -> tuple[Any, ...]:

@@ -8,8 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bridle.config import (
     ColdStartPhase,
     EncoderPhase,
@@ -21,7 +19,7 @@ from bridle.config import (
 )
 from bridle.errors import MistakeError
 from bridle.files import read_json
-from bridle.settings import RecipeError
+from bridle.recipe_files import RUN_RECIPE, read_run_recipe_file
 
 NEEDED = {"phase_index", "split", "step", "loss", "codebook_usage"}
 
@@ -86,18 +84,9 @@ def read_run(path: Path) -> RunFolder:
         RecipeError: no run there, or its recipe cannot be read.
         ValueError: another of its files is damaged.
     """
-    recipe_file = path / "recipe.yaml"
-    if not recipe_file.is_file():
-        raise RecipeError(f"{path}: no recipe.yaml there; give a run folder, such as runs/audio-mini")
-    text = recipe_file.read_text(encoding="utf-8")
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{recipe_file}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{recipe_file}: found {type(raw).__name__}, expected a recipe")
+    raw, text = read_run_recipe_file(path)
     refuse_finetuning(raw, str(path))
-    recipe = recipe_from_mapping(raw, str(recipe_file))
+    recipe = recipe_from_mapping(raw, str(path / RUN_RECIPE))
     metrics = path / "metrics.jsonl"
     rows, damaged = _read_rows(metrics, len(recipe.phases))
     return RunFolder(

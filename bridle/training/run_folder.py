@@ -6,26 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from bridle.config import ColdStartPhase, Recipe, RunSettings, refuse_finetuning
 from bridle.evaluation.card_figures import heldout_figures, probe_figures
 from bridle.modalities import build_modality
 from bridle.model_folder import save_model
-from bridle.settings import RecipeError, parse_settings
+from bridle.recipe_files import RUN_RECIPE, read_run_recipe_file
+from bridle.settings import JudgedByContent, MayChange, RecipeError, marked, parse_settings
 from bridle.training.checkpoints import PhaseCheckpoints, read_position, read_tensors
 from bridle.training.manifest import check_folder
 from bridle.training.schedule import MAKES_ENCODER, iteration_of, tokenizer_phase_of
 
 SettingsT = TypeVar("SettingsT", bound=RunSettings)
-FREE_TO_CHANGE = {
-    "data.workers", "data.cache", "data.cache_gb", "data.max_corrupt", "train.micro_batch_size", "train.log_every",
-    "train.checkpoint_every", "train.evaluate_every", "train.evaluate_clips", "train.prometheus_port",
-    "train.collective_timeout", "train.compile", "train.activation_checkpointing",
-}  # fmt: skip
-"""Settings that change neither the order of the data nor the mathematics: a resumed run may have others."""
-DATA_NAMES = ("data.shards", "data.sources", "data.heldout")
-"""Settings that `BegunWith` judges by what they lead to, so that shards may be moved."""
 
 
 def export_model(
@@ -88,9 +79,7 @@ def read_run_recipe(run: Path) -> Recipe:
     Raises:
         RecipeError: as `recipe_of`.
     """
-    recipe = run / "recipe.yaml"
-    if recipe.is_file():
-        refuse_finetuning(yaml.safe_load(recipe.read_text(encoding="utf-8")), str(run))
+    refuse_finetuning(read_run_recipe_file(run)[0], str(run))
     return recipe_of(run, Recipe)
 
 
@@ -100,10 +89,7 @@ def recipe_of(run: Path, kind: type[SettingsT]) -> SettingsT:
     Raises:
         RecipeError: no run there, or one of another kind.
     """
-    path = run / "recipe.yaml"
-    if not path.is_file():
-        raise RecipeError(f"{run}: no recipe.yaml there; give a run folder, such as runs/audio-mini")
-    return parse_settings(kind, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    return parse_settings(kind, read_run_recipe_file(run)[0], str(run / RUN_RECIPE))
 
 
 def check_same_recipe(run: Path, recipe: RunSettings, *, other_names: bool = False, any_data: bool = False) -> None:
@@ -114,14 +100,15 @@ def check_same_recipe(run: Path, recipe: RunSettings, *, other_names: bool = Fal
     Raises:
         RecipeError: names the first settings that differ.
     """
-    if not (run / "recipe.yaml").is_file():
+    if not (run / RUN_RECIPE).is_file():
         return
     before = flatten(recipe_of(run, type(recipe)).model_dump(mode="json"))
     now = flatten(recipe.model_dump(mode="json"))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     weighed = {key for key in before.keys() & now.keys() if key.endswith(".weight")}
-    data = {key for key in changed if key.startswith(DATA_NAMES) and (any_data or (other_names and key not in weighed))}
-    changed = [key for key in changed if key not in FREE_TO_CHANGE | data]
+    names = tuple(marked(type(recipe), JudgedByContent))
+    data = {key for key in changed if key.startswith(names) and (any_data or (other_names and key not in weighed))}
+    changed = [key for key in changed if key not in marked(type(recipe), MayChange) | data]
     if changed:
         shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in changed[:3])
         raise RecipeError(

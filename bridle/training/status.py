@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
 from bridle.files import write_json
+from bridle.recipe_files import RUN_RECIPE, no_run, parse_recipe
 from bridle.remote.access import is_url
 from bridle.remote.store import RemoteStore
-from bridle.settings import RecipeError
 from bridle.training.lock import NAME as LOCK
 from bridle.training.lock import STALE, Holder
 
@@ -126,12 +124,12 @@ def look(run: str) -> Status:
         RecipeError: no run there.
     """
     files: RunFiles = RemoteRunFiles(run) if is_url(run) else LocalRunFiles(Path(run))
-    recipe = yaml.safe_load(files.read("recipe.yaml") or "null")
+    text = files.read(RUN_RECIPE)
     holder = Holder.read(files.read(LOCK))
-    if not isinstance(recipe, dict) and holder is None:
-        raise RecipeError(f"{run}: no recipe.yaml there; give a run folder, such as runs/audio-mini")
+    if text is None and holder is None:
+        raise no_run(run)
     names = set(files.names())
-    kinds = [str(phase["kind"]) for phase in recipe["phases"]] if isinstance(recipe, dict) else []
+    kinds = [str(phase["kind"]) for phase in parse_recipe(text, f"{run}/{RUN_RECIPE}")["phases"]] if text else []
     finished = 0
     while finished < len(kinds) and f"checkpoints/phase-{finished}-{kinds[finished]}/finished/manifest.json" in names:
         finished += 1
