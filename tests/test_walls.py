@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LONGEST_FILE = 400
 BELOW = {
     "errors": set(),
+    "seeds": set(),
     "settings": set(),
     "config": {"settings", "recipe_files"},
     "recipe_files": {"settings"},
@@ -181,7 +182,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 def allowed(room: str, imported: str) -> bool:
     target = room_of(imported)
-    if target in {room, "__version__", "load", "errors"} or room in DOORS or room == "":
+    if target in {room, "__version__", "load", "errors", "seeds"} or room in DOORS or room == "":
         return True
     inside = imported.split(".", 1)[1]
     return any(inside == wall or inside.startswith(f"{wall}.") for wall in BELOW[room])

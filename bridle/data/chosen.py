@@ -13,8 +13,8 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-CHOSEN = 4
-"""Keeps these random numbers apart from those of `SampleOrder`."""
+from bridle.seeds import Shuffle
+
 AHEAD = 256
 """Positions whose shards are worth fetching."""
 
@@ -78,7 +78,7 @@ class ChosenOrder:
     def _drawn(self, epoch: int) -> npt.NDArray[np.int64]:
         if not self.shuffle:
             return self._chosen
-        rng = np.random.default_rng((self.seed, epoch, CHOSEN))
+        rng = np.random.default_rng((self.seed, epoch, Shuffle.CHOSEN))
         if self._sums is None:
             return rng.permutation(self._chosen)
         places = np.searchsorted(self._sums, rng.random(len(self._chosen)), side="right")

@@ -19,7 +19,8 @@ from typing import Protocol
 
 import numpy as np
 
-BLOCKS_OF_EPOCH, SAMPLES_OF_WINDOW, BLOCKS_OF_PASS = 1, 2, 3
+from bridle.seeds import Shuffle
+
 WINDOWS_KEPT = 4
 
 
@@ -152,7 +153,7 @@ class SampleOrder:
         parts = [part for source in range(len(self._sources)) for part in self._drawn(source, epoch, sizes, pieces)]
         blocks = np.concatenate(parts)
         if self.shuffle:
-            np.random.default_rng((self.seed, epoch, BLOCKS_OF_EPOCH)).shuffle(blocks)
+            np.random.default_rng((self.seed, epoch, Shuffle.BLOCKS_OF_EPOCH)).shuffle(blocks)
         cut = np.array(pieces, dtype=np.int64).reshape(-1, 2)
         sizes = np.concatenate([sizes, (cut[:, 1] - cut[:, 0]).astype(sizes.dtype)])
         per_window = np.add.reduceat(sizes[blocks], np.arange(0, len(blocks), self.window), dtype=np.int64)
@@ -182,7 +183,7 @@ class SampleOrder:
         first, end = self._source_blocks[source : source + 2]
         blocks = np.arange(first, end, dtype=np.int32 if self._first_blocks[-1] < 2**30 else np.int64)
         if self.shuffle and not whole:
-            np.random.default_rng((self.seed, number, BLOCKS_OF_PASS, source)).shuffle(blocks)
+            np.random.default_rng((self.seed, number, Shuffle.BLOCKS_OF_PASS, source)).shuffle(blocks)
         return blocks
 
     def _cut(
@@ -220,5 +221,5 @@ class SampleOrder:
         """Sample numbers of a window in their mixed order, int64."""
         samples = np.concatenate([np.arange(first, end) for first, end in zip(*self._runs(epoch, window), strict=True)])
         if self.shuffle:
-            np.random.default_rng((self.seed, epoch, SAMPLES_OF_WINDOW, window)).shuffle(samples)
+            np.random.default_rng((self.seed, epoch, Shuffle.SAMPLES_OF_WINDOW, window)).shuffle(samples)
         return samples

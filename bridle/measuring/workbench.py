@@ -81,13 +81,26 @@ class Workbench:
         stream = Stream(
             self.shards, make, seed=recipe.seed, block=recipe.data.shuffle_block, window=recipe.data.shuffle_window
         )
-        stop, ranks = StopRequest(), self.ranks
         return PhaseRun(
-            index, settings, job, engine, stream, None, Length(ENDLESS, 0), recipe.train, recipe.data, ranks,
-            PhaseCheckpoints(self.folder, index, settings.kind), Keeper(ranks), None, stop,
-            Watchdog(ranks, recipe.train.collective_timeout, self.folder, ending=lambda said: None), str(self.folder),
-            Rate(self.flops.of_phase(index), peak=math.inf), deliver,
-        )  # fmt: skip
+            index=index,
+            settings=settings,
+            job=job,
+            engine=engine,
+            stream=stream,
+            heldout=None,
+            length=Length(ENDLESS, 0),
+            train=recipe.train,
+            data=recipe.data,
+            ranks=self.ranks,
+            checkpoints=PhaseCheckpoints(self.folder, index, settings.kind),
+            keeper=Keeper(self.ranks),
+            run_log=None,
+            stop=StopRequest(),
+            watchdog=Watchdog(self.ranks, recipe.train.collective_timeout, self.folder, ending=lambda said: None),
+            where=str(self.folder),
+            rate=Rate(self.flops.of_phase(index), peak=math.inf),
+            deliver=deliver,
+        )
 
     def job(self, index: int) -> PhaseJob:
         """What phase `index` trains, and the frozen half beside it, compiled and recomputed as the recipe says."""
@@ -95,24 +108,35 @@ class Workbench:
 
     def _job(self, index: int) -> PhaseJob:
         phase, make, quantizer = self.recipe.phases[index], self.make, self.recipe.model.quantizer
-        device, bf16 = self.ranks.device, self.bf16
+        common: dict[str, Any] = {"quantizer": quantizer, "device": self.ranks.device, "bf16": self.bf16}
         if isinstance(phase, EncoderPhase):
             cold = tokenizer_phase_of(self.recipe, index) == cold_start_of(self.recipe)
             tokenizer = self._cold_start() if cold else self._tokenizer()
             return EncoderPhaseJob(
-                make.encoder(0), make.decoder(1), tokenizer, quantizer, device, bf16, phase.soft_codes
+                encoder=make.encoder(0),
+                decoder=make.decoder(1),
+                tokenizer=tokenizer,
+                soft_codes=phase.soft_codes,
+                **common,
             )
         encoder, learner = make.encoder(0), self._tokenizer()
         standardized, joint = getattr(phase, "target", "raw") == "standardized", isinstance(phase, JointPhase)
         target = TargetScale(encoder.width, follows=joint) if standardized else None
         if isinstance(phase, JointPhase):
             return JointPhaseJob(
-                EncoderModule(encoder, make.decoder(1)),
-                TokenizerModule(learner, make.estimator(2), quantizer.cosine_weight, target),
-                phase, quantizer, device, bf16, self._cold_start(),
-            )  # fmt: skip
+                students=EncoderModule(encoder, make.decoder(1)),
+                tokenizers=TokenizerModule(learner, make.estimator(2), quantizer.cosine_weight, target),
+                settings=phase,
+                control=self._cold_start(),
+                **common,
+            )
         return TokenizerPhaseJob(
-            learner, make.estimator(2), encoder, quantizer, device, bf16, target, self._cold_start()
+            tokenizer=learner,
+            estimator=make.estimator(2),
+            encoder=encoder,
+            target=target,
+            control=self._cold_start(),
+            **common,
         )
 
     def _cold_start(self) -> Tokenizer:

@@ -27,6 +27,7 @@ from bridle.hub import local_folder
 from bridle.model_folder import patch_shape, read_config
 from bridle.modeling.classifier import build_classifier
 from bridle.modeling.masking import hidden_count
+from bridle.seeds import SeedPart
 from bridle.settings import RecipeError
 from bridle.training.checkpoints import PhaseCheckpoints, read_position, read_tensors
 from bridle.training.classifying import FinetuneJob
@@ -131,7 +132,7 @@ class FinetuneRun(PhaseWalk[FinetuneRecipe]):
 
     def _stream(self, index: int, masked: bool, origin: int = 0) -> Stream:
         data, phase = self.recipe.data, self.recipe.phase
-        seed = self._seed(index, 0)
+        seed = self._seed(index, SeedPart.ORDER)
         return LabelledStream(
             self.shards, self.deliver.modality, self.labels, mask=phase.mask, mixup=phase.mixup,
             branches=self.encoder_settings.depth if phase.drop_path else 0,
@@ -150,7 +151,7 @@ class FinetuneRun(PhaseWalk[FinetuneRecipe]):
 
     def _job(self, index: int, phase: FinetunePhase, fresh: bool) -> FinetuneJob:
         classifier = build_classifier(
-            self.encoder_settings, patch_shape(self.modality), len(self.labels.names), self._seed(index, 1)
+            self.encoder_settings, patch_shape(self.modality), len(self.labels.names), self._seed(index, SeedPart.HEAD)
         )
         start = self.recipe.start
         if fresh and start is not None and not start.scratch:

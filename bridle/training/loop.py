@@ -59,7 +59,7 @@ class Length:
         return cls(total, min(warmup, total))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PhaseRun:
     """Everything one phase's loop needs."""
 

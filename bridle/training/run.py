@@ -16,6 +16,7 @@ from bridle.modeling.bridle import Components
 from bridle.modeling.encoder import Encoder
 from bridle.modeling.target import TargetScale
 from bridle.modeling.tokenizer import Tokenizer
+from bridle.seeds import SeedPart
 from bridle.training.checkpoints import Position, cpu_buffers, read_position
 from bridle.training.clips import MakeClip
 from bridle.training.first_batches import fit_target, initialise_codebooks
@@ -80,7 +81,7 @@ class PretrainingRun(PhaseWalk[Recipe]):
     def _stream(self, index: int, masked: bool, origin: int = 0) -> Stream:
         data = self.recipe.data
         make = MakeClip(self.deliver.modality, self.recipe.mask if masked else None, augment=True)
-        seed, block, window = self._seed(index, 0), data.shuffle_block, data.shuffle_window
+        seed, block, window = self._seed(index, SeedPart.ORDER), data.shuffle_block, data.shuffle_window
         return Stream(self.shards, make, seed=seed, block=block, window=window, origin=origin)
 
     def _heldout_stream(self, masked: bool) -> Stream | None:
@@ -90,7 +91,7 @@ class PretrainingRun(PhaseWalk[Recipe]):
         return Stream(self.heldout, make, seed=self.recipe.seed, block=1, window=1, shuffle=False)
 
     def _cold_start(self, index: int, keeper: Keeper) -> None:
-        tokenizer = self.components.cold_start_tokenizer(self._seed(index, 1))
+        tokenizer = self.components.cold_start_tokenizer(self._seed(index, SeedPart.COLD_START))
         self._initialise(tokenizer, index)
         state = {"tokenizer": cpu_state(tokenizer)}
         self._checkpoints(index).finish(state, Position(samples=self.recipe.train.batch_size), keeper)
@@ -99,7 +100,7 @@ class PretrainingRun(PhaseWalk[Recipe]):
 
     def _initialise(self, tokenizer: Tokenizer, index: int) -> None:
         stream = self._stream(index, masked=False)
-        seed = self._seed(index, 2)
+        seed = self._seed(index, SeedPart.CODEBOOKS)
         initialise_codebooks(
             tokenizer, stream, self.recipe, self.ranks, seed, self._stop_if_asked, self.modality.deviation
         )
@@ -111,15 +112,20 @@ class PretrainingRun(PhaseWalk[Recipe]):
         if isinstance(phase, JointPhase):
             return self._joint_job(index, phase, fresh)
         if isinstance(phase, EncoderPhase):
-            encoder = make.encoder(self._seed(index, 3))
+            encoder = make.encoder(self._seed(index, SeedPart.ENCODER))
             if before is not None and phase.init == "continue":
                 self._fill(encoder, before, "encoder")
             return EncoderPhaseJob(
-                encoder, make.decoder(self._seed(index, 4)), self._tokenizer_for(index), quantizer,
-                self.ranks.device, self.bf16, phase.soft_codes,
-            )  # fmt: skip
+                encoder=encoder,
+                decoder=make.decoder(self._seed(index, SeedPart.DECODER)),
+                tokenizer=self._tokenizer_for(index),
+                quantizer=quantizer,
+                device=self.ranks.device,
+                bf16=self.bf16,
+                soft_codes=phase.soft_codes,
+            )
         assert before is not None
-        teacher, learner = make.encoder(0), make.tokenizer(self._seed(index, 5))
+        teacher, learner = make.encoder(0), make.tokenizer(self._seed(index, SeedPart.TOKENIZER))
         self._fill(teacher, before, "encoder")
         if phase.init == "teacher":
             learner.encoder.load_state_dict(teacher.state_dict())
@@ -128,13 +134,20 @@ class PretrainingRun(PhaseWalk[Recipe]):
             self._initialise(learner, index)
             self._fit_target(target, teacher, index)
         return TokenizerPhaseJob(
-            learner, make.estimator(self._seed(index, 6)), teacher, quantizer, self.ranks.device, self.bf16,
-            target, self._tokenizer_of(cold_start_of(self.recipe)),
-        )  # fmt: skip
+            tokenizer=learner,
+            estimator=make.estimator(self._seed(index, SeedPart.ESTIMATOR)),
+            encoder=teacher,
+            quantizer=quantizer,
+            device=self.ranks.device,
+            bf16=self.bf16,
+            target=target,
+            control=self._tokenizer_of(cold_start_of(self.recipe)),
+        )
 
     def _joint_job(self, index: int, phase: JointPhase, fresh: bool) -> JointPhaseJob:
         make, quantizer = self.components, self.recipe.model.quantizer
-        encoder, tokenizer = make.encoder(self._seed(index, 3)), make.tokenizer(self._seed(index, 5))
+        encoder = make.encoder(self._seed(index, SeedPart.ENCODER))
+        tokenizer = make.tokenizer(self._seed(index, SeedPart.TOKENIZER))
         target = TargetScale(encoder.width, follows=True) if phase.target == "standardized" else None
         before, learned = encoder_before(self.recipe, index), tokenizer_before(self.recipe, index)
         warm = phase.init == "continue"
@@ -146,12 +159,16 @@ class PretrainingRun(PhaseWalk[Recipe]):
             self._initialise(tokenizer, index)
         if fresh:
             self._fit_target(target, encoder, index)
-        estimator = make.estimator(self._seed(index, 6))
+        estimator = make.estimator(self._seed(index, SeedPart.ESTIMATOR))
         return JointPhaseJob(
-            EncoderModule(encoder, make.decoder(self._seed(index, 4))),
-            TokenizerModule(tokenizer, estimator, quantizer.cosine_weight, target),
-            phase, quantizer, self.ranks.device, self.bf16, self._tokenizer_of(cold_start_of(self.recipe)),
-        )  # fmt: skip
+            students=EncoderModule(encoder, make.decoder(self._seed(index, SeedPart.DECODER))),
+            tokenizers=TokenizerModule(tokenizer, estimator, quantizer.cosine_weight, target),
+            settings=phase,
+            quantizer=quantizer,
+            device=self.ranks.device,
+            bf16=self.bf16,
+            control=self._tokenizer_of(cold_start_of(self.recipe)),
+        )
 
     def _fit_target(self, target: TargetScale | None, teacher: Encoder, index: int) -> None:
         if target is not None:

@@ -23,6 +23,7 @@ from bridle.data.stream import Stream
 from bridle.files import whole_file, write_json
 from bridle.modalities import build_modality
 from bridle.modeling.bridle import parameter_count
+from bridle.seeds import SeedPart, phase_seed
 from bridle.settings import RecipeError
 from bridle.training.auto_clip import with_figures
 from bridle.training.begun_with import NAME as DATA
@@ -190,9 +191,8 @@ class PhaseWalk(Generic[SettingsT]):
     def _checkpoints(self, index: int) -> PhaseCheckpoints:
         return PhaseCheckpoints(self.folder, index, self.recipe.phases[index].kind)
 
-    def _seed(self, index: int, part: int) -> int:
-        """A seed of its own for each component of each phase."""
-        return (self.recipe.seed * 1_000 + index) * 10 + part
+    def _seed(self, index: int, part: SeedPart) -> int:
+        return phase_seed(self.recipe.seed, index, part)
 
     def _train(
         self,
@@ -219,10 +219,25 @@ class PhaseWalk(Generic[SettingsT]):
         stream = self._stream(index, job.masked, self.begun_with.first_position(index, position.samples))
         length = Length.of(phase, float(stream.order.samples_per_epoch), self.recipe.train.batch_size)
         position = PhaseRun(
-            index, phase, job, engine, stream, self._heldout_stream(job.masked), length,
-            self.recipe.train, self.recipe.data, self.ranks, checkpoints, keeper, run_log, self.stop, self.watchdog,
-            self.where, Rate(self._flops(index), self.peak), self.deliver,
-        ).run(position)  # fmt: skip
+            index=index,
+            settings=phase,
+            job=job,
+            engine=engine,
+            stream=stream,
+            heldout=self._heldout_stream(job.masked),
+            length=length,
+            train=self.recipe.train,
+            data=self.recipe.data,
+            ranks=self.ranks,
+            checkpoints=checkpoints,
+            keeper=keeper,
+            run_log=run_log,
+            stop=self.stop,
+            watchdog=self.watchdog,
+            where=self.where,
+            rate=Rate(self._flops(index), self.peak),
+            deliver=self.deliver,
+        ).run(position)
         self.watchdog.at(f"[{index} {job.kind}] writing the result")
         found = part_states(engine, job.parts, self.ranks)
         checkpoints.finish({name.rpartition(".")[2]: part for name, part in found.items()}, position, keeper)
