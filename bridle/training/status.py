@@ -129,7 +129,8 @@ def look(run: str) -> Status:
     if text is None and holder is None:
         raise no_run(run)
     names = set(files.names())
-    kinds = [str(phase["kind"]) for phase in parse_recipe(text, f"{run}/{RUN_RECIPE}")["phases"]] if text else []
+    recipe = {"phases": []} if text is None else parse_recipe(text, f"{run}/{RUN_RECIPE}")
+    kinds = [str(phase["kind"]) for phase in recipe["phases"]]
     finished = 0
     while finished < len(kinds) and f"checkpoints/phase-{finished}-{kinds[finished]}/finished/manifest.json" in names:
         finished += 1

@@ -6,17 +6,22 @@ import itertools
 import math
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import TINY, pretrain
 
 from bridle import pretrain as door
 from bridle.config import TrainSettings, load_recipe
+from bridle.evaluation.run_folder import read_run
 from bridle.modalities import build_modality
 from bridle.recipe_files import shipped_recipes
+from bridle.seeds import SeedPart, Shuffle, phase_seed
 from bridle.settings import RecipeError
 from bridle.training.engine import learning_rate, resolve_ds_config, split_batch, uses_bf16
 from bridle.training.loop import Length
+from bridle.training.run_folder import check_same_recipe, read_run_recipe
+from bridle.training.status import look
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -173,3 +178,44 @@ def test_the_audio_recipe_is_table_5():
 
 def test_the_tiny_recipe_of_these_tests_is_itself_valid():
     assert load_recipe(str(TINY)).train.batch_size == 8
+
+
+MAY_CHANGE = {
+    "data.workers=1": True,
+    "data.cache=elsewhere": True,
+    "data.heldout=[elsewhere.tar]": False,
+    "train.compile=true": True,
+    "train.micro_batch_size=1": True,
+    "train.batch_size=2": False,
+    "phases.1.lr=0.5": False,
+    "mask.ratio=0.5": False,
+}
+
+
+@pytest.mark.parametrize("change", MAY_CHANGE)
+def test_a_resumed_run_may_have_other_values_of_what_changes_no_result(change, tmp_path):
+    begun = load_recipe("audio-mini", ["data.shards=[here.tar]"])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(begun.model_dump(mode="json")))
+    now = load_recipe("audio-mini", ["data.shards=[here.tar]", change])
+    if MAY_CHANGE[change]:
+        check_same_recipe(tmp_path, now)
+    else:
+        with pytest.raises(RecipeError, match=change.partition("=")[0]):
+            check_same_recipe(tmp_path, now)
+    check_same_recipe(tmp_path, load_recipe("audio-mini", ["data.shards=[moved.tar]"]), other_names=True)
+    with pytest.raises(RecipeError, match=r"data\.shards"):
+        check_same_recipe(tmp_path, load_recipe("audio-mini", ["data.shards=[moved.tar]"]))
+
+
+@pytest.mark.parametrize("text", ["phases: [", "- a list\n", ""])
+def test_a_damaged_recipe_of_a_run_is_told_alike_by_all_who_read_it(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text)
+    for reader in (read_run, read_run_recipe, lambda run: look(str(run))):
+        with pytest.raises(RecipeError, match=r"recipe\.yaml: (not valid YAML|found .*, expected a mapping)"):
+            reader(tmp_path)
+
+
+def test_no_two_parts_of_a_run_share_a_seed():
+    runs = itertools.product(range(3), range(12), SeedPart)
+    assert len({phase_seed(*each) for each in runs}) == 3 * 12 * len(SeedPart)
+    assert len(set(Shuffle)) == 4
