@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bridle.commands.finetune import add_run_arguments
+from bridle.finetune_arguments import add_run_arguments
 from bridle.pretrain import begin, overrides
 from bridle.training.attended import attended
 from bridle.training.foreign_warnings import ForeignWarnings

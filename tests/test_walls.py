@@ -19,6 +19,7 @@ BELOW = {
     "settings": set(),
     "config": {"settings", "recipe_files"},
     "recipe_files": {"settings"},
+    "finetune_arguments": set(),
     "finetune_recipe": {"config", "recipe_files", "settings"},
     "classifier": {
         "model",

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bridle.finetune_arguments import add_run_arguments
+
 HELP = "fine-tune a model's encoder on labelled shards, and leave a classifier"
 
 
@@ -27,23 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--deepspeed_config", default="builtin:zero1", metavar="FILE|builtin:NAME", help="(default: builtin:zero1)"
     )
     parser.add_argument("--ranks", metavar="N", help="processes on this machine (one a GPU, or one)")
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `bridle/finetune.py` takes as well."""
-    parser.add_argument("--recipe", metavar="NAME|FILE", help="shipped name or YAML file (default: the mini recipe)")
-    parser.add_argument("--heldout", nargs="+", metavar="SHARDS", help="labelled shards that it is scored on")
-    parser.add_argument("--labels", metavar="MEMBER", help="member with labels: json (the default), cls, json.FIELD")
-    parser.add_argument(
-        "--fold",
-        metavar="F",
-        help="hold this fold out, train on the others (ESC-50: 1 to 5; anywhere: I/N, the I-th of N)",
-    )
-    parser.add_argument(
-        "--scratch", action="store_true", help="random weights in the model's shape: what is pretraining worth?"
-    )
-    parser.add_argument("--run", metavar="DIR|URL", help="run folder; resumes from it (default: runs/finetune-RECIPE)")
-    parser.add_argument("--allow-new-data", action="store_true", help="go on although the shards have changed")
 
 
 def run(args: argparse.Namespace) -> int:
