@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         ModelError, ShardError: no model, no data.
         ValueError: nothing could be decoded.
     """
-    from bridle.data.loaders import load
+    from bridle.data.loaders import made_by_workers
     from bridle.data.shards import open_shards
     from bridle.evaluation.codebooks import Windows, code_norms, figures, measure
     from bridle.evaluation.pictures import norms_picture
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = load_model(args)
     shards = open_shards(args.shards, extensions=model.modality.extensions)
-    windows = load(Windows(shards, model.modality), args.workers)
+    windows = made_by_workers(Windows(shards, model.modality), args.workers)
     usage = measure(model, _with_progress(windows, len(shards)))
     norms = code_norms(model)
     rows = figures(usage, norms)

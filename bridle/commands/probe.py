@@ -85,7 +85,7 @@ def _measured(
     """Features of all labelled files that can be read, what is asked of them, and how many files have no label."""
     import torch
 
-    from bridle.data.loaders import load
+    from bridle.data.loaders import made_by_workers
     from bridle.evaluation.codebooks import Windows
     from bridle.evaluation.probe import make_task, read_labels
     from bridle.evaluation.probe_features import Feature, NumberedWindows, Pooled, control_models, pooled
@@ -97,7 +97,8 @@ def _measured(
     controls = control_models(model, Windows(learn, model.modality), [file.number for file in lists[0]])
     parts: list[Pooled] = []
     for number, (shards, files) in enumerate(zip(sets, lists, strict=True)):
-        items = load(NumberedWindows(Windows(shards, model.modality), [file.number for file in files]), args.workers)
+        windows = NumberedWindows(Windows(shards, model.modality), [file.number for file in files])
+        items = made_by_workers(windows, args.workers)
         parts.append(pooled(model, controls, with_progress(items, len(files), "bridle probe")))
         readable = set(parts[-1].files)
         lists[number] = [file for file in files if file.number in readable]

@@ -16,7 +16,7 @@ from bridle.data.errors import ShardError
 from bridle.processes.template import CONTEXT, end_with_parent, kill_at_exit, start_template
 
 
-def load(dataset: Dataset[Any], workers: int, sampler: Sampler[Any] | None = None) -> Iterator[Any]:
+def made_by_workers(dataset: Dataset[Any], workers: int, sampler: Sampler[Any] | None = None) -> Iterator[Any]:
     """What `dataset` gives, item by item and as it is; made by `workers` processes, or in this one if 0.
 
     Processes begin at once, two items ahead each. `dataset` is pickled to them, and the main module is imported there

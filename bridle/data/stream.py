@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 
 from bridle.data.errors import SampleError, ShardError
 from bridle.data.handover import bytes_for_the_pipe, packed, stacked, unpacked, warn_of_little_memory
-from bridle.data.loaders import load
+from bridle.data.loaders import made_by_workers
 from bridle.data.order import Order, SampleOrder
 from bridle.data.shards import ShardSet
 from bridle.modalities.clip import ClipError
@@ -127,7 +127,7 @@ class Stream:
                 f"no stream for batch {batch_size}, micro-batch {micro_batch_size}, rank {rank} of {world}"
             )
         shares = _Shares(start, stop, batch_size, micro_batch_size, rank, world, workers)
-        for found in load(_Positions(self), workers, shares):
+        for found in made_by_workers(_Positions(self), workers, shares):
             if isinstance(found, ShardError):
                 raise found
             if found.piped:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from bridle.data.errors import ShardError
-from bridle.data.loaders import load
+from bridle.data.loaders import made_by_workers
 from bridle.modalities.clip import ClipError, Modality
 from bridle.modalities.joining import Place
 from bridle.tokens.sources import Inputs
@@ -134,7 +134,7 @@ def decoded(
     feeds = [_Feed(tasks, order, max(1, workers)) for _ in range(max(1, workers))]
     try:
         for feed in feeds:  # a process begins with its first tasks at once
-            feed.chunks = load(Decoder(inputs, modality, windows), min(workers, 1), feed)
+            feed.chunks = made_by_workers(Decoder(inputs, modality, windows), min(workers, 1), feed)
         while order or not workers:
             feed = order[0][1] if order else feeds[0]
             try:

@@ -12,7 +12,7 @@ from torch import Tensor
 from bridle.classifier import Classifier
 from bridle.data.errors import ShardError
 from bridle.data.handover import packed, unpacked
-from bridle.data.loaders import load
+from bridle.data.loaders import made_by_workers
 from bridle.data.shards import ShardSet
 from bridle.evaluation.classification import views
 from bridle.finetune_recipe import ViewSettings
@@ -84,7 +84,7 @@ def _add(classifier: Classifier, files: FileViews, sums: Tensor, workers: int) -
             sums[place] += count * torch.cat([row, row.new_ones(1)])
         batch.clear()
 
-    for place, found, count in load(files, workers):
+    for place, found, count in made_by_workers(files, workers):
         if count < 0:
             log.warning("a held-out file cannot be read and is left out: %s", found)
             failed.add(place)

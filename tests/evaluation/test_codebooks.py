@@ -17,7 +17,7 @@ from PIL import Image
 
 import bridle
 from bridle.cli import main
-from bridle.data.loaders import load
+from bridle.data.loaders import made_by_workers
 from bridle.data.shards import open_shards
 from bridle.evaluation.codebooks import (
     Windows,
@@ -103,7 +103,7 @@ def shard(tmp_path: Path) -> Path:
 def test_measuring_counts_each_code_of_each_file_once(workers: int, shard: Path, model_folder: Path) -> None:
     model = bridle.load(model_folder)
     shards = open_shards([str(shard)], extensions=model.modality.extensions)
-    usage = measure(model, load(Windows(shards, model.modality), workers), batch_size=3)
+    usage = measure(model, made_by_workers(Windows(shards, model.modality), workers), batch_size=3)
     codes = torch.cat([model.tokenize(shards.read(i).data).codes for i in (0, 2, 3)])
     expected = torch.stack([torch.bincount(codes[:, m], minlength=64) for m in range(4)])
     assert torch.equal(usage.counts, expected)
