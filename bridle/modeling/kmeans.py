@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bridle.modeling.lookup import Codebook, cluster_sums, nearest
+from bridle.modeling.lookup import Codebook, cluster_sums, nearest_codes
 
 
 def random_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
@@ -27,6 +27,6 @@ def kmeans(points: Tensor, size: int, steps: int, generator: torch.Generator) ->
     """
     centres = points[random_rows(len(points), size, generator).to(points.device)]
     for _ in range(steps):
-        counts, sums = cluster_sums(points, nearest(points, Codebook.of(centres)), size)
+        counts, sums = cluster_sums(points, nearest_codes(points, Codebook.of(centres)), size)
         centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centres)
     return centres

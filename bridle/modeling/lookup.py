@@ -102,7 +102,7 @@ def scores(points: Tensor, codebook: Codebook) -> Tensor:
     return torch.addmm(codebook.squares, points, codebook.rows.t(), alpha=-2)
 
 
-def nearest(points: Tensor, codebook: Codebook) -> Tensor:
+def nearest_codes(points: Tensor, codebook: Codebook) -> Tensor:
     """Eq. 1 for ``points``, float32 ``[S, d]``: int64 ``[S]``, ties to the lowest index (argmin takes the first)."""
     at_once = rows_at_once(points.device, len(codebook.rows))
     indices = [scores(part, codebook).argmin(1) for part in points.split(at_once)]

@@ -17,7 +17,7 @@ from bridle.config import QuantizerSettings
 from bridle.errors import MistakeError
 from bridle.modeling.kept_precision import KeptPrecision
 from bridle.modeling.kmeans import kmeans, random_rows
-from bridle.modeling.lookup import Codebook, cluster_sums, full_float32, nearest, rows_at_once, scores
+from bridle.modeling.lookup import Codebook, cluster_sums, full_float32, nearest_codes, rows_at_once, scores
 
 _NORM_FLOOR = 1e-6  # a latent below this norm is not blown up to unit length, nor its gradient by more than 1e6
 _COINCIDENT = 1e-3  # initial codes closer than this, against latents of unit length, count as one ...
@@ -199,7 +199,7 @@ class ResidualQuantizer(KeptPrecision):
                 rows, sizes = self._first_codes(points, generator)
                 self.codebooks[stage].copy_(rows)
                 self.cluster_size[stage].copy_(sizes)
-                points = points - rows[nearest(points, Codebook.of(rows))]
+                points = points - rows[nearest_codes(points, Codebook.of(rows))]
         self.code_sum.copy_(self.cluster_size[..., None] * self.codebooks)
         self.statistics.zero_()
         self.initialized.fill_(True)
@@ -290,7 +290,7 @@ class ResidualQuantizer(KeptPrecision):
         for stage, codebook in enumerate(codebooks):
             if stage > 0 and self.settings.norm == "every":
                 residual = normalize(residual)
-            index = nearest(residual, codebook)
+            index = nearest_codes(residual, codebook)
             if learn:
                 counts, sums = self._counted(residual, index, weights)
                 self.counts[stage].add_(counts)
@@ -322,7 +322,7 @@ class ResidualQuantizer(KeptPrecision):
         else:
             # sqrt(3) times the inputs' root mean square gives the uniform codes the inputs' variance.
             rows = _uniform(size, points, generator) * (3 * points.square().mean()).sqrt()
-        counts, _ = cluster_sums(points, nearest(points, Codebook.of(rows)), size)
+        counts, _ = cluster_sums(points, nearest_codes(points, Codebook.of(rows)), size)
         sizes = counts.clamp(min=1) if settings.init == "kmeans" else torch.ones_like(counts)
         unused = (counts < settings.reset_threshold).nonzero().squeeze(1)
         rows[unused] = points[random_rows(len(points), len(unused), generator).to(points.device)]

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from bridle.config import QuantizerSettings
 from bridle.modeling import lookup
-from bridle.modeling.lookup import Codebook, full_float32, nearest
+from bridle.modeling.lookup import Codebook, full_float32, nearest_codes
 from bridle.modeling.quantizer import ResidualQuantizer
 
 seeds = st.integers(0, 10_000)
@@ -108,7 +108,7 @@ def test_of_equal_codes_the_lowest_index_wins_even_if_the_product_is_rounded_in_
     rows = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))[torch.tensor([0, 1, 0, 1, 1])]
     codebook = Codebook.of(rows)
     rounded = codebook._replace(squares=codebook.squares - 1e-5 * torch.arange(5))
-    assert nearest(rows, rounded).tolist() == [0, 1, 0, 1, 1]
+    assert nearest_codes(rows, rounded).tolist() == [0, 1, 0, 1, 1]
 
 
 def test_a_collision_of_hashes_joins_no_codes_that_differ(monkeypatch):
