@@ -34,7 +34,7 @@ class Request(Settings):
     draws: Draws | None = None
 
 
-class Source(Protocol):
+class OpenVideo(Protocol):
     """An opened video."""
 
     count: int
@@ -139,12 +139,12 @@ class PyAVSource:
             raise UndecodableError("video: its picture stream holds no frame; the file is truncated or empty")
 
     def pick(self, indices: Sequence[int], prepare: Prepare) -> Iterator[Frame]:
-        """See `Source`. Decodes from the key frame before the first, and skips what no wanted frame needs."""
+        """See `OpenVideo`. Decodes from the key frame before the first, and skips what no wanted frame needs."""
         found = self._by_timestamp(indices, prepare)
         return iter(found) if found is not None else self._pick_in_order(indices, prepare)
 
     def walk(self, stride: int, prepare: Prepare) -> Iterator[Frame]:
-        """See `Source`."""
+        """See `OpenVideo`."""
         clock = _Clock(self.timed)
         container, stream = self._open()
         with container:
@@ -285,7 +285,7 @@ class _Clock:
         return self.now
 
 
-def _source(data: bytes, wanted: Request) -> Source:
+def _source(data: bytes, wanted: Request) -> OpenVideo:
     source = PyAVSource(data, wanted.limits)
     if wanted.decoder == "pyav":
         return source
@@ -294,7 +294,7 @@ def _source(data: bytes, wanted: Request) -> Source:
     return DecordSource(data, source)
 
 
-def _training_clip(source: Source, wanted: Request, draws: Draws) -> tuple[dict[str, Any], np.ndarray]:
+def _training_clip(source: OpenVideo, wanted: Request, draws: Draws) -> tuple[dict[str, Any], np.ndarray]:
     span = (wanted.frames - 1) * wanted.stride + 1
     first = int(draws.start * max(1, source.count - span + 1))
     indices = [first + k * wanted.stride for k in range(wanted.frames)]
@@ -304,7 +304,7 @@ def _training_clip(source: Source, wanted: Request, draws: Draws) -> tuple[dict[
     return _answer([frame.pixels for frame in found], wanted, found[0].start_s, found[-1].end_s)
 
 
-def _windows(source: Source, wanted: Request) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+def _windows(source: OpenVideo, wanted: Request) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     length = wanted.frames * wanted.stride
     pixels: list[Any] = []
     start = end = 0.0
