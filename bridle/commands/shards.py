@@ -14,7 +14,7 @@ from bridle.data import index
 from bridle.data.build import Built, build
 from bridle.data.cache import ShardCache
 from bridle.data.check import Decode, check_shard
-from bridle.data.importers import IMPORTERS, Source, plan
+from bridle.data.importers import IMPORTERS, RawDataSet, plan
 from bridle.data.origin import HELDOUT
 from bridle.data.patterns import expand, is_remote
 from bridle.data.writer import write_index
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     print(f"listing {args.src}", file=sys.stderr)
-    found = plan(args.kind, Source(args.src, args.table, args.split))
+    found = plan(args.kind, RawDataSet(args.src, args.table, args.split))
     total, size = len(found.samples), sum(sample.size for sample in found.samples)
     unread = ", ".join(f"{count} {ending}" for ending, count in found.unread.most_common(NAMED))
     why = f" (no modality reads {unread}{', …' if len(found.unread) > NAMED else ''})" if unread else ""

@@ -10,7 +10,7 @@ from typing import Any
 
 from bridle.data.errors import ShardError
 from bridle.data.layouts.audio import audioset, esc50
-from bridle.data.layouts.common import MEDIA, Plan, Source, extension, files
+from bridle.data.layouts.common import MEDIA, Plan, RawDataSet, extension, files
 from bridle.data.layouts.kinetics import kinetics
 from bridle.data.layouts.pictures import imagefolder
 from bridle.data.origin import Origin
@@ -18,7 +18,7 @@ from bridle.data.writer import Planned
 from bridle.settings import nearest
 
 
-def plan(kind: str, source: Source) -> Plan:
+def plan(kind: str, source: RawDataSet) -> Plan:
     """All samples of a data set, with unique keys without dots that stay the same between runs, in a mixed order.
 
     The order is that of a hash of the keys, so that neighbours in a shard are not all of one label.
@@ -44,7 +44,7 @@ def plan(kind: str, source: Source) -> Plan:
     return found
 
 
-def folder(source: Source) -> Plan:
+def folder(source: RawDataSet) -> Plan:
     """Any tree of media files; the label is the first folder's name, and a file at the top has none."""
     found = Plan()
     for path in files(source.folder):
@@ -64,7 +64,7 @@ def folder(source: Source) -> Plan:
 class Importer:
     """read: from a source to a plan. options: what it takes besides the folder, of `table` and `split`."""
 
-    read: Callable[[Source], Plan]
+    read: Callable[[RawDataSet], Plan]
     options: frozenset[str] = frozenset()
 
 

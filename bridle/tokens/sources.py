@@ -15,7 +15,7 @@ from typing import Protocol
 
 from bridle.data.errors import SampleError, ShardError
 from bridle.data.importers import plan
-from bridle.data.layouts.common import AUDIO, IMAGE, MEDIA, VIDEO, Source, extension, files
+from bridle.data.layouts.common import AUDIO, IMAGE, MEDIA, VIDEO, RawDataSet, extension, files
 from bridle.data.patterns import BUILTIN, is_remote
 from bridle.data.shards import ShardSet, open_shards
 from bridle.data.writer import Planned
@@ -194,7 +194,7 @@ def _planned(words: Sequence[str], modality: Modality) -> list[Planned]:
         path = Path(word)
         if path.is_dir():
             if any(extension(file) in modality.extensions for file in files(path)):
-                found += [s for s in plan("folder", Source(path)).samples if s.extension in modality.extensions]
+                found += [s for s in plan("folder", RawDataSet(path)).samples if s.extension in modality.extensions]
             continue
         paths = [Path(name) for name in sorted(glob(word, recursive=True))] if GLOB & set(word) else [path]  # noqa: PTH207
         named = [file for file in paths if file.is_file()]

@@ -11,7 +11,7 @@ from bridle.cli import main
 from bridle.data.build import Built
 from bridle.data.build import build as build_plan
 from bridle.data.errors import ShardError
-from bridle.data.importers import Source, plan
+from bridle.data.importers import RawDataSet, plan
 from bridle.data.shards import Sample, open_shards
 
 Tree = Callable[[dict[str, bytes]], Path]
@@ -118,16 +118,16 @@ def test_images_laid_out_otherwise_are_refused(
     root = tree(files)
     table = root / options["table"] if "table" in options else None
     with pytest.raises(ShardError, match=match) as error:
-        plan("imagefolder", Source(root, table, options.get("split")))
+        plan("imagefolder", RawDataSet(root, table, options.get("split")))
     assert "\n" not in str(error.value)
 
 
 def test_an_option_that_a_kind_does_not_know_is_refused(tree: Tree) -> None:
     root = tree({"x/a.wav": b"1"})
     with pytest.raises(ShardError, match="--split means nothing to kind folder"):
-        plan("folder", Source(root, None, "train"))
+        plan("folder", RawDataSet(root, None, "train"))
     with pytest.raises(ShardError, match="--table means nothing to kind esc50"):
-        plan("esc50", Source(root, root / "t"))
+        plan("esc50", RawDataSet(root, root / "t"))
 
 
 @pytest.mark.parametrize(
@@ -160,12 +160,14 @@ def test_kinetics_keeps_segments_labels_and_copies_apart(tree: Tree, tmp_path: P
         f"run/{b}_000000_000010.mp4": b"run", f"swim/{b}_000000_000010.mp4": b"swim", f"{c}.avi": b"c", "readme": b"x",
     }  # fmt: skip
     root = tree({"val.csv": HEAD + "\n".join(rows).encode(), **files})
-    found = plan("kinetics", Source(root))
+    found = plan("kinetics", RawDataSet(root))
     kept = sorted((sample.meta["label"], sample.source.read_bytes()) for sample in found.samples)
     assert kept == [("run", b"a2"), ("run", b"run"), ("swim", b"c"), ("swim", b"swim")]
     assert found.missing == [f"{a}_000000_000010 (line 2)"]  # aaaaaaaaaaa.mp4 does not say which segment it is
     assert found.ignored == 3
-    assert {sample.key for sample in found.samples} == {sample.key for sample in plan("kinetics", Source(root)).samples}
+    assert {sample.key for sample in found.samples} == {
+        sample.key for sample in plan("kinetics", RawDataSet(root)).samples
+    }
     assert len(built("kinetics", root, tmp_path / "out")) == 4
 
 
@@ -180,7 +182,7 @@ def test_kinetics_takes_the_split_that_is_asked_for(tree: Tree, tmp_path: Path) 
         }
     )  # fmt: skip
     with pytest.raises(ShardError, match=r"holds several splits \(test, train, val\); choose one with --split"):
-        plan("kinetics", Source(root))
+        plan("kinetics", RawDataSet(root))
     found = {split: built("kinetics", root, tmp_path / split, "--split", split) for split in ("train", "val", "test")}
     assert [[sample.data for sample in samples.values()] for samples in found.values()] == [[b"a"], [b"b"], [b"c"]]
     assert found["test"][f"{c}_000000_000010"].labels == []
@@ -191,10 +193,10 @@ def test_one_table_of_several_splits_is_filtered(tree: Tree) -> None:
     table = HEAD + f"run,{a},0,10,train\nrun,{b},0,10,val\n".encode()
     root = tree({"all.csv": table, f"{a}.mp4": b"a", f"{b}.mp4": b"b"})
     with pytest.raises(ShardError, match=r"all\.csv: holds several splits \(train, val\)"):
-        plan("kinetics", Source(root))
-    assert [sample.source.name for sample in plan("kinetics", Source(root, split="val")).samples] == [f"{b}.mp4"]
+        plan("kinetics", RawDataSet(root))
+    assert [sample.source.name for sample in plan("kinetics", RawDataSet(root, split="val")).samples] == [f"{b}.mp4"]
     with pytest.raises(ShardError, match="holds no row of split 'test', only of: train, val"):
-        plan("kinetics", Source(root, split="test"))
+        plan("kinetics", RawDataSet(root, split="test"))
 
 
 def test_kinetics_without_a_table_goes_by_its_folders(tree: Tree, tmp_path: Path) -> None:
@@ -217,7 +219,7 @@ def test_kinetics_without_a_table_goes_by_its_folders(tree: Tree, tmp_path: Path
 )
 def test_videos_laid_out_otherwise_are_refused(tree: Tree, files: dict[str, bytes], match: str) -> None:
     with pytest.raises(ShardError, match=match):
-        plan("kinetics", Source(tree(files)))
+        plan("kinetics", RawDataSet(tree(files)))
 
 
 def images(count: int) -> dict[str, bytes]:
@@ -236,14 +238,14 @@ def test_a_broken_link_is_a_missing_file(tree: Tree, tmp_path: Path) -> None:
     root = tree({"k.csv": HEAD + b"run,aaaaaaaaaaa,0,10,train\n", f"{DOG}/a.png": b"1"})
     (root / "aaaaaaaaaaa.mp4").symlink_to(tmp_path / "nowhere.mp4")
     (root / DOG / "b.png").symlink_to(tmp_path / "nowhere.png")
-    assert plan("imagefolder", Source(root)).missing == [f"{DOG}/b.png"]
+    assert plan("imagefolder", RawDataSet(root)).missing == [f"{DOG}/b.png"]
     with pytest.raises(ShardError, match="1 files are missing or empty"):
-        plan("kinetics", Source(root))
+        plan("kinetics", RawDataSet(root))
 
 
 def test_a_file_that_goes_away_is_named_and_its_shard_is_tried_again(tree: Tree, tmp_path: Path) -> None:
     root, out = tree(images(12)), tmp_path / "out"
-    found = plan("imagefolder", Source(root))
+    found = plan("imagefolder", RawDataSet(root))
     seen: list[int] = []
 
     def build() -> Built:
@@ -264,7 +266,7 @@ def test_a_file_that_goes_away_is_named_and_its_shard_is_tried_again(tree: Tree,
 
 def test_a_source_that_goes_away_altogether_stops_the_build(tree: Tree, tmp_path: Path) -> None:
     root = tree(images(8))
-    found = plan("imagefolder", Source(root))
+    found = plan("imagefolder", RawDataSet(root))
     for path in root.rglob("*.JPEG"):
         path.unlink()
     with pytest.raises(ShardError, match=r"all 4 files of shard-00000\d\.tar; check the disk"):

@@ -15,7 +15,7 @@ from shard_inputs import Tree, build, clips, samples
 from bridle.cli import main
 from bridle.data import index
 from bridle.data.errors import ShardError
-from bridle.data.importers import Source, plan
+from bridle.data.importers import RawDataSet, plan
 from bridle.data.shards import open_shards
 
 
@@ -34,10 +34,10 @@ def test_folder_keeps_bytes_labels_and_sources(tree: Tree, tmp_path: Path, capsy
 def test_keys_have_no_dots_and_do_not_meet(tree: Tree, tmp_path: Path) -> None:
     names = ["v1.0_a.wav", "v1.0_b.wav", "v1_0_a.wav", "x.wav", "x.flac", "ü.wav", "ö.wav"]
     root = tree({name: name.encode() for name in names})
-    keys = {sample.source.name: sample.key for sample in plan("folder", Source(root)).samples}
+    keys = {sample.source.name: sample.key for sample in plan("folder", RawDataSet(root)).samples}
     assert len(set(keys.values())) == len(names) and not any("." in key for key in keys.values())
     assert keys["v1.0_b.wav"] == "v1_0_b"
-    assert keys == {sample.source.name: sample.key for sample in plan("folder", Source(root)).samples}
+    assert keys == {sample.source.name: sample.key for sample in plan("folder", RawDataSet(root)).samples}
     assert build("folder", root, tmp_path / "out") == 0
     assert len(samples(tmp_path / "out", "wav")) == 6
 
@@ -93,7 +93,7 @@ def test_a_source_laid_out_otherwise_is_refused(
     tree: Tree, tmp_path: Path, kind: str, files: dict[str, bytes], match: str
 ) -> None:
     with pytest.raises(ShardError, match=match):
-        plan(kind, Source(tree(files)))
+        plan(kind, RawDataSet(tree(files)))
     assert build(kind, tree(files), tmp_path / "out") == 1
     assert not list(tmp_path.glob("out/*.tar"))
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bridle.data.errors import ShardError
-from bridle.data.layouts.common import MEDIA, Plan, Source, extension, files, rows, whole
+from bridle.data.layouts.common import MEDIA, Plan, RawDataSet, extension, files, rows, whole
 
 
-def esc50(source: Source) -> Plan:
+def esc50(source: RawDataSet) -> Plan:
     """ESC-50: ``audio/*.wav`` and ``meta/esc50.csv`` (filename, fold, target, category)."""
     found = Plan()
     table = source.folder / "meta" / "esc50.csv"
@@ -27,7 +27,7 @@ def esc50(source: Source) -> Plan:
     return found
 
 
-def audioset(source: Source) -> Plan:
+def audioset(source: RawDataSet) -> Plan:
     """AudioSet: a table of segments (YTID, start, end, labels) and a tree of files named after them.
 
     A file is found under the usual names: YTID, alone or followed by start, or start and end, in seconds or

@@ -70,7 +70,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Source:
+class RawDataSet:
     """folder: of the data set. table: file that names its samples or their labels. split: the part to take."""
 
     folder: Path
@@ -138,7 +138,7 @@ def whole(text: str, table: Path, line: int, column: str) -> int:
     return int(float(text))
 
 
-def split_folder(source: Source) -> Path | None:
+def split_folder(source: RawDataSet) -> Path | None:
     """The folder of the split that was asked for, or the data set's own where it has no splits; none if there is none.
 
     Raises:

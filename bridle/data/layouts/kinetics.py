@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from bridle.data.errors import ShardError
-from bridle.data.layouts.common import SPLITS, VIDEO, Plan, Source, extension, files, rows, size_of, split_folder, whole
+from bridle.data.layouts.common import (
+    SPLITS,
+    VIDEO,
+    Plan,
+    RawDataSet,
+    extension,
+    files,
+    rows,
+    size_of,
+    split_folder,
+    whole,
+)
 
 NAMED = re.compile(r"(?P<video>.{11})_(?P<start>\d+)_(?P<end>\d+)")
 
@@ -38,7 +49,7 @@ class Segment:
         return {**times, **{name: text for name, text in known.items() if text}}
 
 
-def kinetics(source: Source) -> Plan:
+def kinetics(source: RawDataSet) -> Plan:
     """By the table where there is one (label, youtube_id, time_start, time_end, split), else by folders of labels.
 
     The table is `source.table`, or the one CSV in the folder or its ``annotations``. A segment's file is found anywhere
@@ -105,7 +116,7 @@ def _by_folders(root: Path) -> Plan:
     return found
 
 
-def _table(source: Source) -> Path | None:
+def _table(source: RawDataSet) -> Path | None:
     """The CSV to go by; none: the folders alone say what there is."""
     if source.table is not None:
         return source.table

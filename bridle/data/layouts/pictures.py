@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 from bridle.data.errors import ShardError
-from bridle.data.layouts.common import IMAGE, Plan, Source, extension, files, split_folder
+from bridle.data.layouts.common import IMAGE, Plan, RawDataSet, extension, files, split_folder
 
 WNID = re.compile(r"n\d{8}")
 HEADERS = {"imageid", "image", "filename", "file", "name"}
 
 
-def imagefolder(source: Source) -> Plan:
+def imagefolder(source: RawDataSet) -> Plan:
     """``LABEL/*.JPEG`` (also deeper), or with a table of labels any tree of images, such as ImageNet's flat ``val``."""
     root = split_folder(source)
     if root is None:
