@@ -70,6 +70,7 @@ BELOW = {
     },
     "evaluation": {
         "model",
+        "recipe_files",
         "config",
         "settings",
         "processes",
@@ -84,6 +85,7 @@ BELOW = {
     },
     "training": {
         "model",
+        "recipe_files",
         "processes",
         "config",
         "settings",
@@ -290,6 +292,22 @@ def test_nothing_shadows_the_standard_library(folder: str) -> None:
     """`deepspeed bridle/pretrain.py` puts bridle/ first on the path, where its files would stand in for Python's."""
     names = {path.stem for path in (ROOT / folder).iterdir() if path.is_dir() or path.suffix == ".py"}
     assert not names & sys.stdlib_module_names
+
+
+def test_the_map_is_the_tree() -> None:
+    chart = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
+    named = set(re.findall(r"[\w./-]+", chart))
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    there = [Path(name).parts for name in listed if name]
+    top = {parts[0] for parts in there if len(parts) > 1}
+    rooms = {parts[1] for parts in there if parts[0] in {"bridle", "serving"} and len(parts) == 3}
+    files = {parts[1] for parts in there if parts[0] == "bridle" and len(parts) == 2} - {"__init__.py", "py.typed"}
+    assert not {name for name in top | rooms if f"{name}/" not in chart}
+    assert not {name for name in files if not {name, f"{name}/", f"bridle/{name}"} & named}
+    paths = {name for name in named if name.endswith((".py", "/")) and name.strip("/.")}
+    assert not {name for name in paths if not any((ROOT / at / name).exists() for at in ("", "bridle", "tests"))}
 
 
 def test_files_stay_short() -> None:

@@ -17,7 +17,7 @@ class ForeignRefusalError(RefusedError):
         self.kind = kind
 
 
-class ChildError(RuntimeError):
+class ChildError(MistakeError, RuntimeError):
     """A child that cannot start: nothing about its input, something about this machine."""
 
 

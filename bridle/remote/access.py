@@ -103,7 +103,7 @@ def fetch(url: str, file: Path, limit: int) -> int:
     """
     from fsspec.callbacks import Callback
 
-    class Bound(Callback):
+    class Bound(Callback):  # type: ignore[misc]
         """Ends a transfer that passes the limit; fsspec calls it with what it knows and receives."""
 
         def set_size(self, size: int | None) -> None:
