@@ -61,7 +61,7 @@ class Steps:
 
     def __init__(self, phase: PhaseRun) -> None:
         self.phase, self.device = phase, phase.ranks.device
-        self.window, self.sums = Window(phase.ranks), Sums(len(phase.job.metric_names), self.device)
+        self.window, self.sums = Window(phase.ranks), Sums(self.device)
         self.padded = self.positions = 0
         self._numbers, self._batches = count(), self._seen(phase.batches(Position()))
         self._delivered = Delivered(self._batches, phase.deliver)

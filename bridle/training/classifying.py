@@ -17,7 +17,7 @@ from bridle.modeling.classifier import (
     probabilities,
 )
 from bridle.training.health import Figures
-from bridle.training.phases import PhaseJob
+from bridle.training.phases import Metrics, PhaseJob
 from bridle.training.ranks import Ranks
 
 
@@ -36,12 +36,12 @@ class LearningModule(nn.Module):
         visible: Tensor | None,
         branches: Tensor | None,
         valid: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the loss, the metrics of `FinetuneJob.metric_names`, and the logits, float32 ``[B, C]``."""
+    ) -> tuple[Tensor, Metrics, Tensor]:
+        """Returns the loss, metrics, and the logits, float32 ``[B, C]``."""
         logits = self.classifier(values, visible, valid, branches)
         smoothing = self.settings.label_smoothing if self.training else 0.0
         loss = classification_loss(logits, targets, self.settings.loss, smoothing)
-        return loss, loss.detach()[None], logits.detach()
+        return loss, {"loss": loss.detach()}, logits.detach()
 
 
 class FinetuneJob(PhaseJob):
@@ -57,7 +57,6 @@ class FinetuneJob(PhaseJob):
         super().__init__(None, device, bf16)
         self.settings, self.several = settings, several
         self.module = LearningModule(classifier, settings).to(device)
-        self.metric_names = ["loss"]
         self.positions = classifier.encoder.patch.count
         depth = len(classifier.encoder.blocks.blocks)
 

@@ -19,9 +19,11 @@ from bridle.modeling.encoder import Encoder
 from bridle.modeling.tokenizer import Tokenizer
 from bridle.training.engine import SlowStep
 from bridle.training.health import Codes, Figures, Predictions, halves
-from bridle.training.phases import EncoderModule, PhaseJob, TokenizerModule
+from bridle.training.phases import EncoderModule, Means, PhaseJob, TokenizerModule
 from bridle.training.ranks import Ranks
 
+LEARNED = ("commitment", "cosine", "error")
+"""Metrics that only the tokenizer's own steps have."""
 SCALE_MEMORY = 0.99
 """Share of the target's mean and deviation that a tokenizer step keeps."""
 
@@ -62,8 +64,8 @@ class JointModule(nn.Module):
 
     def forward(
         self, values: Tensor, visible: Tensor, masked: Tensor, learn: bool, valid: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """Loss, metrics of `JointPhaseJob.metric_names`, and the codes to be predicted.
+    ) -> tuple[Any, ...]:
+        """Loss, metrics, and the codes to be predicted.
 
         learn: whether this is one of the tokenizer's steps. If so there follow the codes of all positions, the latents,
         and the teacher's embeddings.
@@ -72,14 +74,16 @@ class JointModule(nn.Module):
             with torch.no_grad():
                 codes = self.tokenizers.tokenizer.codes(values, valid)
             loss, metrics, targets = self.students(values, visible, masked, codes, valid)
-            return loss, torch.cat([metrics, metrics.new_zeros(3 + codes.shape[-1])]), targets
+            none = loss.detach().new_zeros(codes.shape[-1])
+            rest = {"commitment": none[0], "cosine": none[0], "error": none, "tokenizer_share": none[0]}
+            return loss, metrics | rest, targets
         with torch.no_grad():
             teach = self.students.encoder.embeddings if self.teacher is None else self.teacher
             embeddings = teach(values, valid)
         loss, learned, codes, latents = self.tokenizers(values, embeddings, valid)
         own, predicted, targets = self.students(values, visible, masked, codes.clamp(min=0), valid)
         total = own + self.alpha * loss
-        metrics = torch.cat([total.detach()[None], predicted[1:], learned[1:], torch.ones_like(predicted[:1])])
+        metrics = predicted | learned | {"loss": total.detach(), "tokenizer_share": torch.ones_like(total.detach())}
         return total, metrics, targets, codes, latents, embeddings
 
 
@@ -107,11 +111,6 @@ class JointPhaseJob(PhaseJob):
         self.module = JointModule(students, tokenizers, settings).to(device)
         self.control = self._frozen(control)
         self.learns, self._steps = True, 0
-        stages = range(1, quantizer.codebooks + 1)
-        self.metric_names = [
-            "loss", *(f"loss_codebook_{m}" for m in stages), *(f"accuracy_codebook_{m}" for m in stages),
-            "commitment", "cosine", *(f"error_stage_{m}" for m in stages), "tokenizer_share",
-        ]  # fmt: skip
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -151,10 +150,15 @@ class JointPhaseJob(PhaseJob):
         if self.module.teacher is not None:
             self.module.teacher.follow(self.module.students.encoder, self.settings.teacher_decay)
 
-    def settle(self, means: list[float]) -> list[float | None]:
-        """The tokenizer's metrics as means over its own steps; none where it took none."""
-        first, share = self.metric_names.index("commitment"), means[-1]
-        return [*means[:first], *(value / share if share else None for value in means[first:-1]), share]
+    def settle(self, means: Means) -> Means:
+        """The tokenizer's metrics as means over its own steps; left out where it took none."""
+        share = means["tokenizer_share"]
+        assert isinstance(share, float)
+        return {
+            name: _divided(value, share) if name in LEARNED else value
+            for name, value in means.items()
+            if share or name not in LEARNED
+        }
 
     def begin_evaluation(self) -> None:
         """See `PhaseJob`."""
@@ -173,3 +177,7 @@ class JointPhaseJob(PhaseJob):
     def health(self, ranks: Ranks) -> Figures:
         """See `PhaseJob`."""
         return self.predictions.figures(ranks) | self.codes.figures(ranks)
+
+
+def _divided(value: float | list[float], by: float) -> float | list[float]:
+    return value / by if isinstance(value, float) else [each / by for each in value]

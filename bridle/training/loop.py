@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from bridle.config import DataSettings, TrainedPhase, TrainSettings
@@ -21,7 +22,7 @@ from bridle.training.engine import learning_rate, set_learning_rate, split_batch
 from bridle.training.keeper import Keeper
 from bridle.training.measures import Sums, evaluate, usage_counts, usage_shares
 from bridle.training.metrics import RunLog, progress_line
-from bridle.training.phases import PhaseJob
+from bridle.training.phases import Means, PhaseJob
 from bridle.training.ranks import Ranks
 from bridle.training.speed import Rate, Window
 from bridle.training.stopping import StoppedError, StopRequest
@@ -112,7 +113,7 @@ class PhaseRun:
 
     def _restored_sums(self, position: Position) -> Sums:
         """Sums of a window that a checkpoint interrupted, or new ones."""
-        sums = Sums(len(self.job.metric_names), self.ranks.device)
+        sums = Sums(self.ranks.device)
         if position.window is not None:
             sums.restore(position.window["sums"], self.ranks, self._micro_batches / position.window["micro_batches"])
             if self.ranks.first:
@@ -184,7 +185,7 @@ class PhaseRun:
         rates = window.rates(self.train.batch_size, self.rate)
         position.corrupt += corrupt
         position.seconds += rates["step_seconds"] * window.steps
-        if not all(math.isfinite(value) for value in means):
+        if not np.isfinite(np.hstack(list(means.values()))).all():
             clips = sums.first_not_finite(self.ranks)
             raise NonFiniteLossError(self.ranks.on_first(lambda: self._non_finite_message(position, clips)))
         if self.run_log is not None:
@@ -219,23 +220,12 @@ class PhaseRun:
     def _name(self) -> str:
         return f"[{self.index} {self.job.kind}]"
 
-    def _row(self, position: Position, split: str, means: list[float], usage: dict[str, Any]) -> dict[str, Any]:
-        row: dict[str, Any] = {
+    def _row(self, position: Position, split: str, means: Means, usage: dict[str, Any]) -> dict[str, Any]:
+        about = {
             "phase": self.job.kind, "phase_index": self.index, "split": split,
             "step": position.step, "total_steps": self.length.total, "samples": position.samples,
         }  # fmt: skip
-        for name, value in zip(self.job.metric_names, self.job.settle(means), strict=True):
-            if value is None:
-                continue
-            base, _, which = name.rpartition("_")
-            if which.isdigit():
-                key = {"loss_codebook": "loss_per_codebook", "accuracy_codebook": "accuracy", "error_stage": "error"}[
-                    base
-                ]
-                row.setdefault(key, []).append(value)
-            else:
-                row[name] = value
-        return row | usage
+        return about | self.job.settle(means) | usage
 
     def _checkpoint(self, position: Position) -> None:
         self.watchdog.at(f"{self._name} writing a checkpoint")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from bridle.data.stream import MicroBatch, Stream
 from bridle.evaluation.codebooks import code_usage_rate, perplexity
 from bridle.training.clips import Delivery
 from bridle.training.engine import split_batch
-from bridle.training.phases import PhaseJob
+from bridle.training.phases import Means, Metrics, PhaseJob
 from bridle.training.ranks import Ranks
 from bridle.training.stopping import StopRequest
 from bridle.training.watchdog import Watchdog
@@ -24,27 +25,38 @@ NAMED = 8
 
 
 class Sums:
-    """Sums of metrics on the device; the host looks at them only when a row is due."""
+    """Sums of metrics on the device, as one vector; the host looks at them only when a row is due."""
 
-    def __init__(self, count: int, device: torch.device) -> None:
-        self.values = torch.zeros(count, device=device)
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(0, device=device)
         self.batches = 0
+        self._shapes: dict[str, torch.Size] = {}
+        """Of the metrics, in the order of `values`; known from the first micro-batch on."""
         self.corrupt = 0
         self._seen: list[tuple[Tensor, list[int]]] = []
 
-    def add(self, metrics: Tensor, batch: MicroBatch) -> None:
-        """Takes over one micro-batch's metrics."""
-        self.values += metrics
+    def add(self, metrics: Metrics, batch: MicroBatch) -> None:
+        """Takes over one micro-batch's metrics, the same ones each time."""
+        if not self._shapes:
+            self._shapes = {name: value.shape for name, value in metrics.items()}
+        row = torch.cat([value.reshape(-1) for value in metrics.values()])
+        if not len(self.values):
+            self.values = torch.zeros_like(row)
+        self.values += row
         self.batches += 1
-        self._seen.append((metrics, batch.positions))
+        self._seen.append((row, batch.positions))
         for sample in batch.corrupt:
             log.warning("corrupt sample replaced: %s, key %s: %s", sample.shard, sample.key, sample.error)
         self.corrupt += len(batch.corrupt)
 
-    def reduce(self, ranks: Ranks) -> tuple[list[float], int]:
-        """Means over all ranks, and corrupt samples of all ranks."""
+    def reduce(self, ranks: Ranks) -> tuple[Means, int]:
+        """Means over all ranks by name, and corrupt samples of all ranks."""
         *totals, batches, corrupt = ranks.sum(self._row()).tolist()
-        return [total / batches for total in totals], int(corrupt)
+        left = iter([total / batches for total in totals])
+        means: Means = {
+            name: list(islice(left, shape[0])) if shape else next(left) for name, shape in self._shapes.items()
+        }
+        return means, int(corrupt)
 
     def reset(self) -> None:
         """Begins a new window."""
@@ -58,13 +70,13 @@ class Sums:
         All ranks must call it.
         """
         found: list[int] = []
-        for number, (metrics, positions) in enumerate(self._seen):
-            if not metrics.isfinite().all():
+        for number, (row, positions) in enumerate(self._seen):
+            if not row.isfinite().all():
                 found = [number, *positions[:NAMED]]
                 break
-        row = torch.tensor(found or [len(self._seen)])
-        row = torch.nn.functional.pad(row, (0, 1 + NAMED - len(row)), value=-1).to(ranks.device)
-        first = min(ranks.gather(row[None]).tolist(), key=lambda share: share[0])
+        mine = torch.tensor(found or [len(self._seen)])
+        mine = torch.nn.functional.pad(mine, (0, 1 + NAMED - len(mine)), value=-1).to(ranks.device)
+        first = min(ranks.gather(mine[None]).tolist(), key=lambda share: share[0])
         return [position for position in first[1:] if position >= 0]
 
     def state(self, ranks: Ranks) -> list[list[float]]:
@@ -82,7 +94,7 @@ class Sums:
             *scaled, corrupt = [sum(column) for column in zip(*rows, strict=True)]
             rows = [[*(more * total for total in scaled), corrupt]] + [none] * (ranks.world - 1)
         *values, batches, corrupt = rows[ranks.rank]
-        self.values.copy_(torch.tensor(values, dtype=torch.float64))
+        self.values = torch.tensor(values, dtype=torch.float64).to(self.values)
         self.batches, self.corrupt = round(batches), round(corrupt)
 
     def _row(self) -> Tensor:
@@ -119,14 +131,14 @@ def evaluate(
     stop: StopRequest,
     watchdog: Watchdog,
     deliver: Delivery,
-) -> tuple[list[float], dict[str, Any]] | None:
+) -> tuple[Means, dict[str, Any]] | None:
     """Means of the phase's metrics, codebook usage and health over held-out clips, the same number on every rank.
 
     None on all ranks, as if it had not begun, if any was asked to stop meanwhile.
     """
     share = max(1, min(int(heldout.order.samples_per_epoch), train.evaluate_clips) // ranks.world)
     micro = max(size for size in range(1, split_batch(train, ranks.world)[0] + 1) if share % size == 0)
-    sums, stopped = Sums(len(job.metric_names), ranks.device), False
+    sums, stopped = Sums(ranks.device), False
     job.usage.zero_()
     job.begin_evaluation()
     engine.eval()

@@ -22,6 +22,10 @@ from bridle.training.health import Codes, Figures, Predictions, halves
 from bridle.training.ranks import Ranks
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+Metrics = dict[str, Tensor]
+"""What a forward pass measures, detached: float32 by the names of a row, ``[]``, or ``[M]`` by codebook or stage."""
+Means = dict[str, float | list[float]]
+"""The same on the host, as means over a window."""
 PADDING = -1
 """Stands for the code of a position that is none; `PhaseJob.count` leaves it out."""
 
@@ -36,8 +40,8 @@ class EncoderModule(nn.Module):
 
     def forward(
         self, values: Tensor, visible: Tensor, masked: Tensor, codes: Tensor, valid: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the loss, the metrics of `EncoderPhaseJob.metric_names`, and the codes that were to be predicted.
+    ) -> tuple[Tensor, Metrics, Tensor]:
+        """Returns the loss, metrics, and the codes that were to be predicted.
 
         codes: int64 ``[B, N, M]``, or ``[B, N, M, S]`` with soft codes; valid: int64 ``[B]``, positions of content;
         none: all.
@@ -49,7 +53,8 @@ class EncoderModule(nn.Module):
         losses, accuracy = masked_code_loss(logits, targets, None if content is None else clip_weights(content))
         loss = losses.sum()
         nearest = targets if codes.ndim == 3 else targets[..., 0]
-        return loss, torch.cat([loss.detach()[None], losses.detach(), accuracy]), _content_only(nearest, content)
+        metrics = {"loss": loss.detach(), "loss_per_codebook": losses.detach(), "accuracy": accuracy}
+        return loss, metrics, _content_only(nearest, content)
 
 
 class TokenizerModule(nn.Module):
@@ -66,9 +71,8 @@ class TokenizerModule(nn.Module):
 
     def forward(
         self, values: Tensor, embeddings: Tensor, valid: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns the loss, the metrics of `TokenizerPhaseJob.metric_names`, the codes, and the latents (float32
-        ``[B, N, d]``, of unit length).
+    ) -> tuple[Tensor, Metrics, Tensor, Tensor]:
+        """Returns the loss, metrics, the codes, and the latents (float32 ``[B, N, d]``, of unit length).
 
         valid: int64 ``[B]``, positions of content; none: all.
         """
@@ -80,9 +84,13 @@ class TokenizerModule(nn.Module):
         quantized, commitment = self.tokenizer.quantizer(self.tokenizer.latents(values, valid), weights)
         cosine = cosine_similarity(self.estimator(quantized.quantized, grid, valid), embeddings, weights)
         loss = commitment + self.cosine_weight * (1.0 - cosine)
-        metrics = torch.stack([loss.detach(), commitment.detach(), cosine.detach()])
-        codes = _content_only(quantized.codes, content)
-        return loss, torch.cat([metrics, quantized.errors]), codes, quantized.latents.detach()
+        metrics = {
+            "loss": loss.detach(),
+            "commitment": commitment.detach(),
+            "cosine": cosine.detach(),
+            "error": quantized.errors,
+        }
+        return loss, metrics, _content_only(quantized.codes, content), quantized.latents.detach()
 
 
 def _content_only(codes: Tensor, content: Tensor | None) -> Tensor:
@@ -98,7 +106,6 @@ class PhaseJob:
 
     kind: str
     module: nn.Module
-    metric_names: list[str]
     masked: bool
     """Whether clips come with a mask."""
     slow_part: str | None = None
@@ -139,9 +146,9 @@ class PhaseJob:
         """Of the part whose weights rest in some steps; none where all learn in each."""
         return None
 
-    def settle(self, means: list[float]) -> list[float | None]:
+    def settle(self, means: Means) -> Means:
         """Means over all steps of a window as what the row tells."""
-        return list(means)
+        return means
 
     def after_step(self, all_reduce: Callable[[Tensor], Any] | None) -> None:
         """Runs once per optimizer step, after it."""
@@ -197,12 +204,6 @@ class EncoderPhaseJob(PhaseJob):
         self.module = EncoderModule(encoder, decoder).to(device)
         self.tokenizer = self._frozen(tokenizer)
         self.soft_codes = soft_codes
-        stages = range(1, quantizer.codebooks + 1)
-        self.metric_names = [
-            "loss",
-            *(f"loss_codebook_{m}" for m in stages),
-            *(f"accuracy_codebook_{m}" for m in stages),
-        ]
 
     @torch.no_grad()
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Any, ...]:
@@ -254,8 +255,6 @@ class TokenizerPhaseJob(PhaseJob):
         self.module = TokenizerModule(tokenizer, estimator, quantizer.cosine_weight, target).to(device)
         self.quantizer: ResidualQuantizer = tokenizer.quantizer
         self.encoder = self._frozen(encoder)
-        stages = range(1, quantizer.codebooks + 1)
-        self.metric_names = ["loss", "commitment", "cosine", *(f"error_stage_{m}" for m in stages)]
 
     @torch.no_grad()
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Any, ...]:

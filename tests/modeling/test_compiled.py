@@ -60,7 +60,7 @@ def numbers(job: PhaseJob, padded: bool) -> list[torch.Tensor]:
     loss.backward()
     gradients = [parameter.grad.clone() for parameter in job.module.parameters() if parameter.requires_grad]
     job.module.zero_grad()
-    return [loss.detach(), metrics, codes, *gradients]
+    return [loss.detach(), *metrics.values(), codes, *gradients]
 
 
 def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
