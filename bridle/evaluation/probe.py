@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bridle.data.errors import ShardError
 from bridle.data.shards import ShardSet
+from bridle.errors import MistakeError
 from bridle.evaluation.linear_probe import ProbeSettings, trained_scores
 from bridle.evaluation.probe_features import Comparison, Feature
 from bridle.evaluation.probe_scores import (
@@ -180,7 +181,7 @@ def make_task(learn: Sequence[Labelled], test: Sequence[Labelled] | None, folds:
     if test is None:
         try:
             fold = folds_of(groups, targets, folds, seed)
-        except ValueError as error:
+        except MistakeError as error:
             raise RecipeError(f"--folds {folds}: {error}") from None
         splits = [(torch.where(fold != i)[0], torch.where(fold == i)[0]) for i in range(folds)]
     else:

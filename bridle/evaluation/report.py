@@ -13,6 +13,7 @@ from PIL import Image
 
 from bridle import __version__
 from bridle.data.shards import ShardSet, open_shards
+from bridle.errors import MistakeError
 from bridle.evaluation.card_figures import probe_figures
 from bridle.evaluation.clips import ShownClip, Tile, heldout_clips
 from bridle.evaluation.codebooks import Windows, code_norms, figures, measure
@@ -70,7 +71,7 @@ def build_report(run: RunFolder) -> Report:
             report.usage = _usage(
                 model, open_shards(recipe.data.heldout, extensions=modality.extensions, cache=recipe.data.cache)
             )
-    except (ValueError, OSError) as error:
+    except (MistakeError, OSError) as error:
         report.notes.append(f"The held-out clips cannot be shown: {error}")
     return report
 
@@ -88,7 +89,7 @@ def _newest_model(run: RunFolder, report: Report) -> BridleModel | None:
         return None
     try:
         model = load(run.newest_model)
-    except (ValueError, OSError) as error:
+    except (MistakeError, OSError) as error:
         report.notes.append(f"The newest model cannot be loaded, so there are no code maps: {error}")
         return None
     report.model = run.newest_model.name

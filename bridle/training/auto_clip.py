@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bridle.config import RunSettings
 from bridle.data.shards import open_shards
+from bridle.errors import MistakeError
 from bridle.evaluation.data_statistics import read
 from bridle.modalities import build_modality
 from bridle.settings import RecipeError
@@ -59,7 +60,7 @@ def _figures(recipe: RunSettings, run: Path, wanted: list[str]) -> dict[str, Any
     ]
     try:
         found = read(sets, modality)
-    except ValueError as error:
+    except MistakeError as error:
         raise RecipeError(f"clip.{wanted[0]}: auto: {error}") from None
     figures = {"mean": found.mean, "std": found.std}
     return {name: figures[name] if len(figures[name]) > 1 else figures[name][0] for name in wanted}

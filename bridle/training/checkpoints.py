@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bridle.errors import MistakeError
 from bridle.files import clear_disk_errors, read_json, whole_folder
 from bridle.training.keeper import Keeper
 from bridle.training.manifest import CheckpointError, check_folder, write_manifest
@@ -194,7 +195,7 @@ def damage_of(folder: Path) -> str | None:
     try:
         check_folder(folder)
         read_position(folder)
-    except ValueError as error:
+    except MistakeError as error:
         return str(error)
     return None
 

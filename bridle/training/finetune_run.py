@@ -237,7 +237,7 @@ def made_folds(files: Sequence[Labelled], count: int, asked: str) -> list[str]:
         targets[row, [names.index(label) for label in file.labels]] = True
     try:
         return [str(1 + fold) for fold in folds_of([file.group for file in files], targets, count, 0).tolist()]
-    except ValueError:
+    except MistakeError:
         raise RecipeError(f"fold '{asked}': found {len(files)} labelled files; ask for fewer folds") from None
 
 

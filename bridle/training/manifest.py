@@ -34,7 +34,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         found = read_json(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
+    except MistakeError as error:
         raise CheckpointError(str(error)) from None
     files = found.get("files") if isinstance(found, dict) and found.get("format") == FORMAT else None
     entries = files.values() if isinstance(files, dict) else [None]
