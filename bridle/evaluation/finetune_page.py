@@ -10,14 +10,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bridle import __version__
 from bridle.evaluation.classification import SCORES, Scored, figures, joined, read_scores, spelled
 from bridle.evaluation.curves import Line, Panel, draw, series
 from bridle.evaluation.page_style import CSS
 from bridle.evaluation.probe_page import html_table
 from bridle.finetune_recipe import FinetuneRecipe
+from bridle.recipe_files import RUN_RECIPE, read_run_recipe_file
 from bridle.settings import RecipeError, parse_settings
 
 CONFUSED = 10
@@ -45,7 +44,7 @@ class TunedRun:
 
 def is_tuned(path: Path) -> bool:
     """Whether a folder holds a run of fine-tuning, or folds of one."""
-    return any((run / "recipe.yaml").is_file() and _raw(run) is not None for run in [path, *_folds(path)])
+    return any(_raw(run) is not None for run in [path, *_folds(path)])
 
 
 def _folds(path: Path) -> list[Path]:
@@ -55,9 +54,9 @@ def _folds(path: Path) -> list[Path]:
 def _raw(path: Path) -> dict[str, Any] | None:
     """The recipe of a run of fine-tuning, as plain data; none of another run's."""
     try:
-        raw = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+        raw, _ = read_run_recipe_file(path)
         return raw if raw["phases"][0]["kind"] == "finetune" else None
-    except (OSError, yaml.YAMLError, KeyError, TypeError, IndexError):
+    except (RecipeError, KeyError, TypeError, IndexError):
         return None
 
 
@@ -69,9 +68,7 @@ def read_tuned(path: Path) -> TunedRun:
     """
     raw = _raw(path)
     if raw is None:
-        raise RecipeError(
-            f"{path / 'recipe.yaml'}: not a recipe of fine-tuning; give a run folder of `bridle finetune`"
-        )
+        raise RecipeError(f"{path / RUN_RECIPE}: not a recipe of fine-tuning; give a run folder of `bridle finetune`")
     rows, damaged = [], 0
     metrics = path / "metrics.jsonl"
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else ():
@@ -80,8 +77,8 @@ def read_tuned(path: Path) -> TunedRun:
             rows.append(row | {"step": int(row["step"]), "loss": float(row["loss"]), "split": str(row["split"])})
         except (ValueError, KeyError, TypeError):  # a run that was killed while it wrote leaves half a line
             damaged += 1
-    text = (path / "recipe.yaml").read_text(encoding="utf-8")
-    recipe = parse_settings(FinetuneRecipe, raw, str(path / "recipe.yaml"))
+    text = read_run_recipe_file(path)[1]
+    recipe = parse_settings(FinetuneRecipe, raw, str(path / RUN_RECIPE))
     return TunedRun(path, recipe, text, rows, damaged, read_scores(path) if (path / SCORES).is_file() else None)
 
 
