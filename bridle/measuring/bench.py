@@ -20,7 +20,7 @@ from bridle.training.clips import Delivered
 from bridle.training.loop import PhaseRun
 from bridle.training.machine import Product, seconds, stated_rate
 from bridle.training.measures import Sums
-from bridle.training.speed import Window, peak_memory
+from bridle.training.speed import StepTimes, peak_memory
 from bridle.training.timing import PARTS
 
 KERNELS = 10
@@ -61,7 +61,7 @@ class Steps:
 
     def __init__(self, phase: PhaseRun) -> None:
         self.phase, self.device = phase, phase.ranks.device
-        self.window, self.sums = Window(phase.ranks), Sums(self.device)
+        self.times, self.sums = StepTimes(phase.ranks), Sums(self.device)
         self.padded = self.positions = 0
         self._numbers, self._batches = count(), self._seen(phase.batches(Position()))
         self._delivered = Delivered(self._batches, phase.deliver)
@@ -69,11 +69,11 @@ class Steps:
 
     def __call__(self) -> None:
         """One optimizer step."""
-        self.phase.step(next(self._numbers), self._delivered, self.window, self.sums)
+        self.phase.step(next(self._numbers), self._delivered, self.times, self.sums)
 
     def reset(self) -> None:
         """Forgets times and sums."""
-        self.window.reset()
+        self.times.reset()
         self.sums.reset()
 
     def close(self) -> None:
@@ -128,7 +128,7 @@ def bench_phase(bench: Workbench, index: int, rounds: int, steps: int, reference
         ours.reset()
         took = seconds(ours, ranks.device, steps) / steps
         rates[1].append(flops * clips / took)
-        parts.append({name: spent / steps / took for name, spent in ours.window.parts.seconds().items()})
+        parts.append({name: spent / steps / took for name, spent in ours.times.parts.seconds().items()})
         if vit_mae is not None:
             rates[2].append(vit_mae.flops / seconds(vit_mae, ranks.device))
     best, achieved = (statistics.median(found) for found in rates[:2])

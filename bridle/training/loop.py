@@ -24,7 +24,7 @@ from bridle.training.measures import Sums, evaluate, usage_counts, usage_shares
 from bridle.training.metrics import RunLog, progress_line
 from bridle.training.phases import Means, PhaseJob
 from bridle.training.ranks import Ranks
-from bridle.training.speed import Rate, Window
+from bridle.training.speed import Rate, StepTimes
 from bridle.training.stopping import StoppedError, StopRequest
 from bridle.training.watchdog import Watchdog
 
@@ -93,12 +93,12 @@ class PhaseRun:
         sums = self._restored_sums(position)
         if position.evaluation_due:
             self._evaluate(position, sums)
-        window = Window(self.ranks)
+        times = StepTimes(self.ranks)
         batches = Delivered(self.batches(position), self.deliver)
         self.engine.train()
         while position.step < self.length.total:
             vote = self.ranks.vote(self.stop.asked)
-            lr = self.step(position.step, batches, window, sums)
+            lr = self.step(position.step, batches, times, sums)
             position.step += 1
             position.samples += self.train.batch_size
             self.watchdog.at(f"{self._name} the end of step {position.step}")
@@ -106,13 +106,13 @@ class PhaseRun:
             if self.run_log is not None:
                 self.run_log.prometheus.stepped.set_to_current_time()
             if self._is_boundary(position.step):
-                self._boundary(position, window, sums, lr, stop)
+                self._boundary(position, times, sums, lr, stop)
             if stop:
                 self._save_and_stop(position, sums)
         return position
 
     def _restored_sums(self, position: Position) -> Sums:
-        """Sums of a window that a checkpoint interrupted, or new ones."""
+        """Sums of steps that a checkpoint interrupted, or new ones."""
         sums = Sums(self.ranks.device)
         if position.window is not None:
             sums.restore(position.window["sums"], self.ranks, self._micro_batches / position.window["micro_batches"])
@@ -139,7 +139,7 @@ class PhaseRun:
             workers=self.data.workers,
         )
 
-    def step(self, number: int, batches: Delivered, window: Window, sums: Sums) -> float:
+    def step(self, number: int, batches: Delivered, times: StepTimes, sums: Sums) -> float:
         """Optimizer step `number`, counted from 0, over the next micro-batches; returns its learning rate."""
         lr = learning_rate(self.settings.lr, number, self.length.warmup, self.length.total)
         self.job.begin_step(number)
@@ -147,26 +147,26 @@ class PhaseRun:
         _, accumulation = split_batch(self.train, self.ranks.world)
         for _ in range(accumulation):
             self.watchdog.at(f"{self._name} waiting for clips")
-            window.parts.begin("data_wait")
+            times.parts.begin("data_wait")
             batch, tensors = next(batches)
             self.watchdog.at(f"{self._name} forward and backward")
-            window.parts.begin("forward")
+            times.parts.begin("forward")
             loss, metrics, codes, *_ = self.engine(*self.job.inputs(tensors))
-            window.parts.begin("backward")
+            times.parts.begin("backward")
             self.engine.backward(loss)
             # Before the optimizer's step, in which the host waits for the device: the device is busy until then.
             self.watchdog.at(f"{self._name} waiting for clips")
-            window.parts.begin("data_wait")
+            times.parts.begin("data_wait")
             batches.fetch()
             self.watchdog.at(f"{self._name} the optimizer's step")
-            window.parts.begin("optimizer")
+            times.parts.begin("optimizer")
             self.engine.step()
-            window.parts.begin("codebooks")
+            times.parts.begin("codebooks")
             sums.add(metrics, batch)
             self.job.count(codes)
         self.job.after_step(self.ranks.all_reduce)
-        window.parts.begin("")
-        window.steps += 1
+        times.parts.begin("")
+        times.steps += 1
         return lr
 
     def _is_boundary(self, step: int) -> bool:
@@ -179,12 +179,12 @@ class PhaseRun:
             or step == self.length.total
         )
 
-    def _boundary(self, position: Position, window: Window, sums: Sums, lr: float, stop: bool) -> None:
+    def _boundary(self, position: Position, times: StepTimes, sums: Sums, lr: float, stop: bool) -> None:
         means, corrupt = sums.reduce(self.ranks)
         usage = usage_shares(usage_counts(self.job, self.ranks))
-        rates = window.rates(self.train.batch_size, self.rate)
+        rates = times.rates(self.train.batch_size, self.rate)
         position.corrupt += corrupt
-        position.seconds += rates["step_seconds"] * window.steps
+        position.seconds += rates["step_seconds"] * times.steps
         if not np.isfinite(np.hstack(list(means.values()))).all():
             clips = sums.first_not_finite(self.ranks)
             raise NonFiniteLossError(self.ranks.on_first(lambda: self._non_finite_message(position, clips)))
@@ -193,7 +193,7 @@ class PhaseRun:
                 "lr": lr, "gradient_norm": _gradient_norm(self.engine), **rates, "corrupt": position.corrupt
             }  # fmt: skip
             self.run_log.write(row)
-            self.run_log.prometheus.observe(row, window.steps, window.steps * self.train.batch_size, corrupt)
+            self.run_log.prometheus.observe(row, times.steps, times.steps * self.train.batch_size, corrupt)
             left = (self.length.total - position.step) * rates["step_seconds"]
             log.info(progress_line(row, self._name, self.length.total, left))
         self._check_corrupt(position)
@@ -204,7 +204,7 @@ class PhaseRun:
                 self._evaluate(position, sums)
             if position.step != self.length.total and position.step % self.train.checkpoint_every == 0:
                 self._checkpoint(position)
-        window.reset()
+        times.reset()
 
     def _save_and_stop(self, position: Position, sums: Sums) -> NoReturn:
         """Saves what lies between two rows too, so that the row that comes next is the one that would have come."""

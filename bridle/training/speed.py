@@ -23,7 +23,7 @@ class Rate:
     peak: float
 
 
-class Window:
+class StepTimes:
     """Times of the steps since the last row."""
 
     def __init__(self, ranks: Ranks) -> None:
@@ -32,7 +32,7 @@ class Window:
         self.reset()
 
     def reset(self) -> None:
-        """Begins a new window."""
+        """Begins anew."""
         self.start = time.perf_counter()
         self.parts.reset()
         self.steps = 0

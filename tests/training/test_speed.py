@@ -13,7 +13,7 @@ from launching import output_of, rows, start_bare, wait_for_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bridle.training.ranks import Ranks
-from bridle.training.speed import Rate, Window
+from bridle.training.speed import Rate, StepTimes
 from bridle.training.timing import PARTS, PartTimes
 
 
@@ -27,14 +27,14 @@ class Gathered(Ranks):
 def test_parts_are_shares_of_the_time_and_the_slowest_rank_stands_out(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]  # a machine's load is no fault of a share
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    window = Window(Gathered(0, 3, torch.device("cpu")))
+    times = StepTimes(Gathered(0, 3, torch.device("cpu")))
     for part, seconds in zip(PARTS, (0.02, 0.04, 0.03, 0.01, 0.01), strict=True):
-        window.parts.begin(part)
+        times.parts.begin(part)
         now[0] += seconds
-    window.parts.begin("")
+    times.parts.begin("")
     now[0] += 0.05  # between steps: no part's
-    window.steps = 2
-    row = window.rates(30, Rate(flops=6.0, peak=100.0))
+    times.steps = 2
+    row = times.rates(30, Rate(flops=6.0, peak=100.0))
     assert row["step_seconds"] == pytest.approx(0.16 / 2)
     assert row["forward"] / row["backward"] == pytest.approx(2 * 0.04 / 0.03)
     assert row["backward"] * 2 * row["step_seconds"] == pytest.approx(0.03)
@@ -42,8 +42,8 @@ def test_parts_are_shares_of_the_time_and_the_slowest_rank_stands_out(monkeypatc
     assert row["flops_per_second"] == pytest.approx(row["samples_per_second"] * 6.0 / 3)
     assert row["mfu"] == pytest.approx(row["flops_per_second"] / 100.0)
     assert row["memory_bytes"] > 1e8
-    window.reset()
-    assert window.parts.seconds() == dict.fromkeys(PARTS, 0.0)
+    times.reset()
+    assert times.parts.seconds() == dict.fromkeys(PARTS, 0.0)
 
 
 def test_rows_tensorboard_and_prometheus_say_where_the_time_of_two_ranks_goes(tmp_path: Path) -> None:
