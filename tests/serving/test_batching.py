@@ -110,6 +110,21 @@ async def test_only_windows_of_one_operation_fill_a_batch() -> None:
 
 
 @in_loop
+async def test_the_window_that_came_first_decides_what_runs_and_when() -> None:
+    bench = Bench(max_wait=5.0)
+    bench.decoding = 1
+    old = bench.put("codes", arrived=time.monotonic() - 6.0)
+    new, other = bench.put("codes"), bench.put("embed")
+    assert await bench.batcher.next_batch() == [old, new]
+    waiting = asyncio.create_task(bench.batcher.next_batch())
+    await asyncio.sleep(0.02)
+    assert not waiting.done()
+    bench.decoding = 0
+    bench.batcher.look()
+    assert await waiting == [other]
+
+
+@in_loop
 async def test_what_waits_is_measured() -> None:
     bench = Bench(max_batch=2)
     first, second, third = bench.put(), bench.put(), bench.put()
