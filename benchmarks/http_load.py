@@ -63,6 +63,11 @@ class Running:
         """Seconds of CPU so far."""
         return sum(int(stat[11]) + int(stat[12]) for stat in self.family().values()) / TICK
 
+    def own_cpu(self) -> float:
+        """Those of the first process alone."""
+        stat = self.family()[self._process.pid]
+        return (int(stat[11]) + int(stat[12])) / TICK
+
     def memory(self) -> int:
         """Proportional set size in bytes: memory that processes share is counted once."""
         total = 0

@@ -136,6 +136,8 @@ def _report(small: bool, median: dict[str, float]) -> None:
                 1000 * (median["service_cpu_1"] - median["bare_one_cpu"]),
                 "<= 3",
             ),
+            ("  of which the HTTP process', 32 clients, ms", 1000 * median["service_http_32"], ""),
+            ("  of which the HTTP process', 1 client, ms", 1000 * median["service_http_1"], ""),
             ("added latency, 1 client, ms", 1000 * (median["service_median_1"] - median["bare_one"]), ""),
         ]
         if small
@@ -223,8 +225,9 @@ def _measure_service(
         requests = _raw_requests(args, port, "/tokenize")
         asyncio.run(closed_loop(port, requests, 8, 2.0))
         for count in clients:
-            cpu = server.cpu()
+            cpu, own = server.cpu(), server.own_cpu()
             times, items, took = asyncio.run(closed_loop(port, requests, count, seconds))
+            found[f"service_http_{count}"] = (server.own_cpu() - own) / items
             found[f"service_rate_{count}"] = items / took
             found[f"service_cpu_{count}"] = (server.cpu() - cpu) / items
             found[f"service_median_{count}"] = statistics.median(times)
