@@ -32,28 +32,33 @@ def test_the_rate_climbs_for_a_ninth_of_the_steps_and_falls_to_nothing_without_a
     assert np.abs(np.diff(rates)).max() <= 0.1 + 1e-9
 
 
-def test_it_is_a_plain_loop_of_adamw_over_standardised_features(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batch", [64, 8], ids=["all files at once", "batches that each epoch shuffles anew"])
+def test_it_is_a_plain_loop_of_adamw_over_standardised_features(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     monkeypatch.setattr(linear_probe, "WEIGHT_DECAY", 0.1)  # as much as shows in so few steps
     rng = torch.Generator().manual_seed(0)
     x, labels = 3 + 2 * torch.randn(40, 6, generator=rng), torch.randint(3, (40,), generator=rng)
     learn, test = torch.arange(30), torch.arange(30, 40)
-    targets, settings = torch.nn.functional.one_hot(labels, 3).bool(), ProbeSettings(0.05, 60, 64)
+    targets, settings = torch.nn.functional.one_hot(labels, 3).bool(), ProbeSettings(0.05, 15, batch)
     (found,) = trained_scores([x], True, targets, [(learn, test)], settings, seed=4)
     assert not found[learn].any()
 
     known = (x - x[learn].mean(0)) / x[learn].std(0, correction=0)
-    layer = torch.nn.Linear(6, 3)
-    first = torch.nn.init.trunc_normal_(torch.empty(6, 3), std=0.01, generator=torch.Generator().manual_seed(4))
+    layer, draws = torch.nn.Linear(6, 3), torch.Generator().manual_seed(4)
+    first = torch.nn.init.trunc_normal_(torch.empty(6, 3), std=0.01, generator=draws)
     layer.weight.data.copy_(first.T)
     torch.nn.init.zeros_(layer.bias)
     optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=0.1)
-    for step in range(60):
-        loss = torch.nn.BCEWithLogitsLoss()(layer(known[learn]), targets[learn].float())
+    taken: list[torch.Tensor] = []
+    for _ in range(15):
+        order = torch.randperm(30, generator=draws) if batch < 30 else learn
+        taken += order.split(batch)
+    for step, rows in enumerate(taken):
+        loss = torch.nn.BCEWithLogitsLoss()(layer(known[rows]), targets[rows].float())
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, 60, 0.05)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, len(taken), 0.05)
         optimizer.step()
-    torch.testing.assert_close(found[test].float(), layer(known[test]).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[test].float(), layer(known[test]).detach(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("batch", [16, 1024], ids=["batches of 16", "all at once"])
