@@ -123,7 +123,7 @@ class DataSettings(Settings):
     """Where clips come from and how they are read."""
 
     shards: Annotated[list[str] | None, JUDGED_BY_CONTENT] = None
-    """Paths, globs or brace patterns; local, s3://, https:// or pipe:. `builtin:MODALITY` is the sample that ships."""
+    """Paths, globs or brace patterns; local, URLs (docs/data.md) or pipe:. `builtin:MODALITY` is the sample."""
     sources: Annotated[Annotated[list[DataSource], Field(min_length=1)] | None, JUDGED_BY_CONTENT] = None
     """Instead of `shards`: several sources, each with a weight."""
     heldout: Annotated[list[str] | None, JUDGED_BY_CONTENT] = None

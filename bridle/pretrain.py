@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--data",
         nargs="+",
         metavar="SHARDS[@WEIGHT]",
-        help="paths, globs or braces; local, s3://, https://, pipe:; several are mixed by their weights",
+        help="paths, globs or braces; local, URLs (s3://, gs://, …), pipe:; several are mixed by their weights",
     )
     parser.add_argument("--heldout", nargs="+", metavar="SHARDS", help="the same, for evaluation between phases")
     parser.add_argument(

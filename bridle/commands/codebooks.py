@@ -19,7 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     add_model_arguments(parser)
     parser.add_argument(
-        "shards", metavar="SHARDS", nargs="+", help="tars: paths, globs, braces, s3://, https://, pipe:, builtin:audio"
+        "shards",
+        metavar="SHARDS",
+        nargs="+",
+        help="tars: paths, globs, braces, s3://…, https://…, pipe:, builtin:audio",
     )
     parser.add_argument("--out", metavar="DIR", type=Path, help="write codebooks.json and code_norms.png there")
     parser.add_argument("--workers", metavar="N", type=_count, default=1, help="decoding processes (default: 1)")

@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     add_model_arguments(parser)
     parser.add_argument(
-        "shards", metavar="SHARDS", nargs="+", help="tars: paths, globs, braces, s3://, https://, pipe:, builtin:audio"
+        "shards",
+        metavar="SHARDS",
+        nargs="+",
+        help="tars: paths, globs, braces, s3://…, https://…, pipe:, builtin:audio",
     )
     parser.add_argument(
         "--labels", metavar="MEMBER", required=True, help="extension of the member with labels: cls, json, json.FIELD"
