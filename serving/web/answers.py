@@ -79,33 +79,55 @@ async def answer(
     return Response(body, headers={**headers, "Cache-Control": "no-store"}, media_type=kind)
 
 
-def _body(build: Callable[[], list[Clip]], kind: str) -> bytes:
+def _body(build: Callable[[], list[Clip]], kind: str) -> bytes | memoryview:
     clips = build()
     arrays = [value for clip in clips for value in clip.values() if isinstance(value, np.ndarray)]
     floats = sum(array.size for array in arrays if array.dtype.kind == "f")
     if kind == JSON and floats > MAX_JSON_FLOATS:
         raise ProblemError("too-large", f"{floats} numbers are too many for JSON; send Accept: {NPZ}")
-    return {JSON: _json, NPZ: _npz, ARROW: _arrow}[kind](clips)
+    write: dict[str, Callable[[list[Clip]], bytes | memoryview]] = {JSON: _json, NPZ: _npz, ARROW: _arrow}
+    return write[kind](clips)
 
 
 def json_clip(clip: Clip) -> bytes:
     """One clip as JSON. Float32 is written with the shortest digits that read back as the same float32."""
-    return b"{" + b",".join(b'"%s":%s' % (name.encode(), _dumps(value)) for name, value in clip.items()) + b"}"
+    out = bytearray()
+    _write_clip(clip, out)
+    return bytes(out)
 
 
-def _dumps(value: Any) -> bytes:
-    """In pieces, between which other threads have their turn."""
+def _write_clip(clip: Clip, out: bytearray) -> None:
+    for number, (name, value) in enumerate(clip.items()):
+        out += b'%s"%s":' % (b"," if number else b"{", name.encode())
+        _write(value, out)
+    out += b"}"
+
+
+def _write(value: Any, out: bytearray) -> None:
+    """In pieces, between which other threads have their turn: nothing large is ever copied in one go."""
     if not isinstance(value, np.ndarray):
-        return orjson.dumps(value)
+        out += orjson.dumps(value)
+        return
+    out += b"["
     if value.ndim > 1:
-        return b"[" + b",".join(_dumps(row) for row in value) + b"]"
-    row = np.ascontiguousarray(value)
-    pieces = (row[start : start + PIECE] for start in range(0, len(row), PIECE))
-    return b"[" + b",".join(orjson.dumps(piece, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1] for piece in pieces) + b"]"
+        for number, row in enumerate(value):
+            out += b"," if number else b""
+            _write(row, out)
+    else:
+        row = np.ascontiguousarray(value)
+        for start in range(0, len(row), PIECE):
+            out += b"," if start else b""
+            out += orjson.dumps(row[start : start + PIECE], option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+    out += b"]"
 
 
-def _json(clips: list[Clip]) -> bytes:
-    return b'{"clips":[' + b",".join(json_clip(clip) for clip in clips) + b"]}"
+def _json(clips: list[Clip]) -> memoryview:
+    out = bytearray(b'{"clips":[')
+    for number, clip in enumerate(clips):
+        out += b"," if number else b""
+        _write_clip(clip, out)
+    out += b"]}"
+    return memoryview(out)
 
 
 def _npz(clips: list[Clip]) -> bytes:
