@@ -35,6 +35,7 @@ BELOW = {
     "files": set(),
     "home": {"settings"},
     "cores": set(),
+    "ports": set(),
     "recipes": set(),
     "processes": set(),
     "remote": {"settings"},
@@ -85,6 +86,7 @@ BELOW = {
     },
     "training": {
         "model",
+        "ports",
         "recipe_files",
         "processes",
         "config",

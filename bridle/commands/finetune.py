@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _start(args: argparse.Namespace, folder: str | None, fold: str | None) -> int:
-    from bridle.commands.launch import free_port, placement, start
+    from bridle.commands.launch import placement, start
+    from bridle.ports import free_port
 
     arguments = ["--deepspeed_config", args.deepspeed_config, "--recipe", args.recipe, "--model", args.model]
     for flag, words in (("--data", args.shards), ("--heldout", args.heldout or [])):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import random
 import signal
 import socket
 import sys
@@ -27,8 +26,6 @@ ENDING_SECONDS = 30.0
 """After SIGTERM, which then follows, until SIGKILL. Without a failure nothing is ever killed."""
 WRONG, STOPPED = 2, 75
 LARGEST_PORT = 65_535
-PORTS = range(20_000, 32_000)
-"""Below those that systems give to whoever asks for any."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,19 +105,6 @@ def placement(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS") or str(max(1, available_cores() // local)),
     }
     return {node * local + i: {**common, "RANK": str(node * local + i), "LOCAL_RANK": str(i)} for i in range(local)}
-
-
-def free_port() -> int:
-    """A port of this machine for ranks to meet at, which nobody listens on now: they do only seconds later.
-
-    Raises:
-        OSError: none of a hundred is free.
-    """
-    for port in random.SystemRandom().sample(PORTS, 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise OSError(f"no free port among a hundred from {PORTS.start} to {PORTS.stop}; end what listens there")
 
 
 def wait_for_name(address: str, seconds: float) -> bool:

@@ -86,6 +86,7 @@ def _train(args: argparse.Namespace, recipe: Recipe, arm: str, seed: int) -> int
     """Trains a run to its end, in processes of its own; the exit code."""
     from bridle.commands import launch
     from bridle.evaluation.study import arm_settings
+    from bridle.ports import free_port
 
     folder = _folder(args, arm, seed)
     if (folder / "models" / "final").is_dir():
@@ -96,7 +97,7 @@ def _train(args: argparse.Namespace, recipe: Recipe, arm: str, seed: int) -> int
     settings = ["train.prometheus_port=0", *args.set, *arm_settings(recipe, arm, seed, args.share)]
     parser = argparse.ArgumentParser()
     launch.add_arguments(parser)
-    return launch.run(parser.parse_args(["--master-port", str(launch.free_port()), "--", *command, *settings]))
+    return launch.run(parser.parse_args(["--master-port", str(free_port()), "--", *command, *settings]))
 
 
 def _measure(

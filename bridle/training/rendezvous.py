@@ -23,6 +23,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from bridle.ports import free_port
 from bridle.settings import RecipeError
 from bridle.training.ranks import Ranks
 
@@ -65,7 +66,7 @@ def join(timeout: float = 600.0, admit: Callable[[], None] = lambda: None) -> Ra
     rank, world, local = _whole("RANK", 0), _whole("WORLD_SIZE", 1), _whole("LOCAL_RANK", 0)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # The shared-memory op is compiled on first use, for a minute, with a compiler that may not be there; gloo does.
@@ -366,10 +367,3 @@ def _network() -> str:
         with contextlib.suppress(OSError):
             parts.append(read().strip())
     return " ".join(parts)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

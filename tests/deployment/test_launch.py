@@ -17,8 +17,8 @@ import pytest
 from launching import ROOT, TINY, environment, free_port
 
 from bridle.cli import main
-from bridle.commands.launch import PORTS
-from bridle.commands.launch import free_port as port_to_meet_at
+from bridle.ports import PORTS
+from bridle.ports import free_port as port_to_meet_at
 
 CONFIG = str(ROOT / "ds_configs/zero1.json")
 
