@@ -70,7 +70,11 @@ ONE_RANK = {
     ("changes", "code", "said"),
     [
         ({"RECIPE": "audoi"}, FAILS_AT_ONCE, "audoi"),
-        ({"DATA": "s3://bridle/shards/train-*.tar"}, FAILS_AT_ONCE, "no S3 credentials found (Unable to locate credentials); set AWS_ACCESS_KEY_ID"),
+        (
+            {"DATA": "s3://bridle/shards/train-*.tar"},
+            FAILS_AT_ONCE,
+            "credentials found (Unable to locate credentials); set AWS_ACCESS_KEY_ID",
+        ),
         ({"DATA": "s3://birdle/shards/train-0.tar", **KEYS}, FAILS_AT_ONCE, "S3 answers NoSuchBucket"),
         ({"DATA": "s3://bridle/shards/trian-*.tar", **KEYS}, FAILS_AT_ONCE, "trian-*.tar': matches nothing"),
     ],
