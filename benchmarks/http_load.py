@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -87,10 +88,20 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+class RefusedError(Exception):
+    """The service had no place (429)."""
+
+
 async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
-    """One request on an open connection; ends the program on any answer but 200."""
+    """One request on an open connection; ends the program on any answer but 200 and 429.
+
+    Raises:
+        RefusedError: it was 429.
+    """
     writer.write(request)
     head = await reader.readuntil(b"\r\n\r\n")
+    if head.startswith(b"HTTP/1.1 429"):
+        raise RefusedError
     if not head.startswith(b"HTTP/1.1 200"):
         raise SystemExit(f"an answer was {head[:200]!r}")
     length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
@@ -122,13 +133,17 @@ async def closed_loop(
 
 
 async def open_loop(port: int, requests: list[tuple[bytes, int]], rate: float, seconds: float) -> list[float]:
-    """Requests at a steady rate whatever the answers do; times count from when a request was due."""
+    """Requests at a steady rate whatever the answers do; times count from when a request was due, and are infinite for
+    those that were refused."""
     times: list[float] = []
 
     async def one(turn: int, due: float) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
-        await ask(reader, writer, requests[turn % len(requests)][0])
-        times.append(time.perf_counter() - due)
+        try:
+            await ask(reader, writer, requests[turn % len(requests)][0])
+            times.append(time.perf_counter() - due)
+        except RefusedError:
+            times.append(math.inf)
         writer.close()
 
     tasks = []
