@@ -21,6 +21,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_its_traceback_is_shown_on_request(tmp_path: Path) -> None:
     wrong = ("export", str(tmp_path / "none"), str(tmp_path / "model"))
     plain = run(*wrong)
