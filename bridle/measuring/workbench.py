@@ -74,7 +74,7 @@ class Workbench:
         """Phase `index`, at its first step."""
         settings, recipe = self.recipe.phases[index], self.recipe
         assert isinstance(settings, TrainedPhase)
-        job = self.job(index).prepare(recipe.train)
+        job = self.job(index)
         engine = build_engine(job.module, self.ds_config, recipe.train, settings.lr, job.slow_part, job.rate_of)
         deliver = Delivery(raw_modality(recipe), self.ranks.device)
         make = MakeClip(deliver.modality, recipe.mask if job.masked else None, augment=True)

@@ -46,7 +46,7 @@ class Place:
     address: str
     port: int
     interfaces: str
-    gpu: str = ""
+    gpu: str
 
 
 def join(timeout: float = 600.0, admit: Callable[[], None] = lambda: None) -> Ranks:
@@ -279,8 +279,8 @@ def refuse_shared_gpus(places: Sequence[Place]) -> None:
     """Raises RecipeError where two ranks would compute on one GPU, which nccl cannot."""
     owners: dict[str, Place] = {}
     for place in places:
-        other = owners.setdefault(place.gpu or f"CPU of rank {place.rank}", place)
-        if other is not place:
+        other = owners.setdefault(place.gpu, place)
+        if place.gpu and other is not place:
             raise RecipeError(
                 f"ranks {other.rank} and {place.rank} on {place.host} have the same GPU ({place.gpu}); start as many"
                 " ranks on a node as it has GPUs: deepspeed without --num_gpus does"
