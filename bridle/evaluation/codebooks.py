@@ -77,7 +77,7 @@ class CodebookUsage:
 
 
 @dataclass(frozen=True)
-class Window:
+class ReadWindow:
     """One window of a file on its way to the model: values ``[C, *S]``; positions: its codes that are content."""
 
     values: Tensor
@@ -100,26 +100,26 @@ class Skipped:
     begun: bool
 
 
-class Windows(torch.utils.data.IterableDataset[Window | Skipped]):
+class Windows(torch.utils.data.IterableDataset[ReadWindow | Skipped]):
     """All windows of all files of a set of shards; loader processes share the files out among themselves."""
 
     def __init__(self, shards: ShardSet, modality: Modality) -> None:
         self.shards = shards
         self.modality = modality
 
-    def __iter__(self) -> Iterator[Window | Skipped]:
+    def __iter__(self) -> Iterator[ReadWindow | Skipped]:
         worker = torch.utils.data.get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for index in range(first, len(self.shards), step):
             yield from self.of(index)
 
-    def of(self, index: int) -> Iterator[Window | Skipped]:
+    def of(self, index: int) -> Iterator[ReadWindow | Skipped]:
         """Those of one file."""
         begun = False
         try:
             for clip in self.modality.windows(self.shards.data(index)):
                 per_step = math.prod(clip.grid.values()) // next(iter(clip.grid.values()))
-                yield Window(clip.values, clip.valid * per_step, not begun)
+                yield ReadWindow(clip.values, clip.valid * per_step, not begun)
                 begun = True
         except (ClipError, ShardError) as error:
             shard, key = self.shards.where(index)
@@ -127,7 +127,7 @@ class Windows(torch.utils.data.IterableDataset[Window | Skipped]):
 
 
 @torch.inference_mode()
-def measure(model: BridleModel, windows: Iterable[Window | Skipped], batch_size: int = 8) -> CodebookUsage:
+def measure(model: BridleModel, windows: Iterable[ReadWindow | Skipped], batch_size: int = 8) -> CodebookUsage:
     """Tokenizes windows and counts. Changes nothing in the model.
 
     Raises:
@@ -135,7 +135,7 @@ def measure(model: BridleModel, windows: Iterable[Window | Skipped], batch_size:
     """
     stages, size, _ = model.tokenizer.quantizer.codebooks.shape
     usage = CodebookUsage(torch.zeros(stages, size, dtype=torch.int64), torch.zeros(stages, dtype=torch.float64))
-    batch: list[Window] = []
+    batch: list[ReadWindow] = []
     for item in windows:
         if isinstance(item, Skipped):
             usage.skipped.append(item.reason)
@@ -151,7 +151,7 @@ def measure(model: BridleModel, windows: Iterable[Window | Skipped], batch_size:
     return usage
 
 
-def _count(model: BridleModel, batch: list[Window], usage: CodebookUsage) -> None:
+def _count(model: BridleModel, batch: list[ReadWindow], usage: CodebookUsage) -> None:
     values = torch.stack([window.values for window in batch])
     latents = model.latents(values, [window.positions for window in batch])
     content = torch.cat([found[: window.positions] for window, found in zip(batch, latents, strict=True)])

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from bridle.config import DecoderSettings, ModelSettings
 from bridle.errors import MistakeError
-from bridle.evaluation.codebooks import Skipped, Window, Windows
+from bridle.evaluation.codebooks import ReadWindow, Skipped, Windows
 from bridle.evaluation.probe_scores import READERS
 from bridle.model_folder import BridleModel, patch_shape
 from bridle.modeling.bridle import Components
@@ -58,13 +58,13 @@ class Comparison:
     told: tuple[str, ...] = ()
 
 
-class NumberedWindows(torch.utils.data.IterableDataset[tuple[int, Window | Skipped]]):
+class NumberedWindows(torch.utils.data.IterableDataset[tuple[int, ReadWindow | Skipped]]):
     """The windows of chosen files, each with the number of its file; loader processes share the files out."""
 
     def __init__(self, windows: Windows, files: Sequence[int]) -> None:
         self.windows, self.files = windows, files
 
-    def __iter__(self) -> Iterator[tuple[int, Window | Skipped]]:
+    def __iter__(self) -> Iterator[tuple[int, ReadWindow | Skipped]]:
         worker = torch.utils.data.get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for index in self.files[first::step]:
@@ -135,7 +135,7 @@ def _first_latents(tokenizers: Sequence[Tokenizer], windows: Windows, files: Seq
     found: list[list[Tensor]] = [[] for _ in tokenizers]
     for index in files:
         for item in islice(windows.of(index), FIRST_WINDOWS):
-            if isinstance(item, Window) and item.positions:
+            if isinstance(item, ReadWindow) and item.positions:
                 for tokenizer, latents in zip(tokenizers, found, strict=True):
                     content = tokenizer.latents(item.values[None])[0, : item.positions]
                     latents.append(content[:: -(-item.positions // most)].clone())
@@ -146,7 +146,7 @@ def _first_latents(tokenizers: Sequence[Tokenizer], windows: Windows, files: Seq
 
 @torch.inference_mode()
 def pooled(
-    model: BridleModel, controls: Sequence[BridleModel], items: Iterable[tuple[int, Window | Skipped]]
+    model: BridleModel, controls: Sequence[BridleModel], items: Iterable[tuple[int, ReadWindow | Skipped]]
 ) -> Pooled:
     """The features of every file whose windows come, of the model, the controls and the values themselves.
 
@@ -156,7 +156,7 @@ def pooled(
     models = [model, *controls]
     files: dict[int, _File] = {}
     skipped: list[str] = []
-    batch: list[tuple[int, Window]] = []
+    batch: list[tuple[int, ReadWindow]] = []
 
     def flush() -> None:
         values, positions = torch.stack([item.values for _, item in batch]), [item.positions for _, item in batch]
@@ -214,7 +214,7 @@ def regions_of(grid: Mapping[str, int], positions: int) -> tuple[Tensor, int]:
     return region.flatten()[:positions], regions
 
 
-def _statistics(model: BridleModel, window: Window) -> Tensor:
+def _statistics(model: BridleModel, window: ReadWindow) -> Tensor:
     """float64 ``[S]`` of a window's values: of each mel band, or of each channel with a coarse picture beside."""
     values, patch = window.values.double(), model.modality.patch
     if model.modality.axes[0] == "time":

@@ -73,6 +73,8 @@ class Job:
                         log.info("waiting for %d units that other processes are at", len(self.state.missing))
                         waited = True
                     time.sleep(POLL_SECONDS)
+        for claim in self.prepared.store.sizes(CLAIMS):  # an owner was killed between its part and its claim's end
+            self.prepared.store.delete(f"{CLAIMS}/{claim}")
         for folder in (DATA, PARTS, CLAIMS):
             self.prepared.store.sweep(folder, self.lease_s)
         return self.state.in_order()

@@ -140,8 +140,12 @@ class RunLog:
         if self.prometheus.port:
             log.info("metrics at http://localhost:%d/metrics", self.prometheus.port)
 
-    def forget_after(self, phase_index: int, step: int) -> None:
-        """Drops rows of later steps, from a run that was killed after its last checkpoint, and a torn last line."""
+    def forget_after(self, phase_index: int, step: int, evaluation_due: bool) -> None:
+        """Drops rows of later steps, from a run that was killed after its last checkpoint, and a torn last line.
+
+        Args:
+            evaluation_due: the checkpoint was written before the held-out row of its step, which comes again.
+        """
         if not self.path.exists():
             return
         kept, text = [], self.path.read_text(encoding="utf-8")
@@ -150,7 +154,9 @@ class RunLog:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if (row["phase_index"], row["step"]) <= (phase_index, step):
+            comes_again = evaluation_due and row["split"] == "heldout"
+            at = (row["phase_index"], row["step"])
+            if at < (phase_index, step) or (at == (phase_index, step) and not comes_again):
                 kept.append(line + "\n")
         if "".join(kept) != text:
             with whole_file(self.path) as aside:

@@ -213,7 +213,7 @@ class PhaseWalk(Generic[SettingsT]):
         if step is not None:
             position = checkpoints.restore(engine, step, self.ranks)
         if run_log is not None:
-            run_log.forget_after(index, position.step)
+            run_log.forget_after(index, position.step, position.evaluation_due)
             log.info("[%d %s] %s; from step %d", index, job.kind, sizes, position.step)
         self._stop_if_asked(f"[{index} {job.kind}] the first step")
         stream = self._stream(index, job.masked, self.begun_with.first_position(index, position.samples))

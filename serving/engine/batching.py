@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(eq=False)
-class Entry:
+class QueueEntry:
     """One window (or one piece of codes to dequantize) that waits for the model.
 
     future: gets the window's array, or an exception. Cancelled when nobody waits any more.
@@ -65,7 +65,7 @@ class Batcher:
         self._upstream = upstream
         self._release_slot = release
         self._metrics = metrics
-        self._queue: deque[Entry] = deque()
+        self._queue: deque[QueueEntry] = deque()
         self._idle = 0
         self._least = 1
         self._changed = asyncio.Event()
@@ -79,12 +79,12 @@ class Batcher:
         """To be called when `upstream` may have fallen."""
         self._changed.set()
 
-    def submit(self, entry: Entry) -> None:
+    def submit(self, entry: QueueEntry) -> None:
         """Puts an entry in line; its slot now belongs to the batcher."""
         self._queue.append(entry)
         self._changed.set()
 
-    async def next_batch(self) -> list[Entry]:
+    async def next_batch(self) -> list[QueueEntry]:
         """Waits for work; entries of one operation that should run now, in the order they came.
 
         Idle processes share what waits, where that is worth it.
@@ -100,7 +100,7 @@ class Batcher:
         """Whether another batch is about to begin."""
         return bool(self._queue or self._upstream())
 
-    async def _next_batch(self) -> list[Entry]:
+    async def _next_batch(self) -> list[QueueEntry]:
         while True:
             self._drop_useless()
             if self._queue:
@@ -120,7 +120,7 @@ class Batcher:
             except TimeoutError:
                 continue
 
-    def finish(self, entry: Entry, result: Array | BaseException) -> None:
+    def finish(self, entry: QueueEntry, result: Array | BaseException) -> None:
         """Answers an entry that was taken, and gives its slot back."""
         if entry.slot is not None:
             self._release_slot(entry.slot)
@@ -137,9 +137,9 @@ class Batcher:
         while self._queue:
             self.finish(self._queue.popleft(), error())
 
-    def _take(self, count: int) -> list[Entry]:
-        batch: list[Entry] = []
-        others: list[Entry] = []
+    def _take(self, count: int) -> list[QueueEntry]:
+        batch: list[QueueEntry] = []
+        others: list[QueueEntry] = []
         operation = self._queue[0].operation
         now = time.monotonic()
         while self._queue and len(batch) < count:

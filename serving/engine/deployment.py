@@ -34,7 +34,7 @@ from bridle.processes.messages import (
 from bridle.processes.messages import (
     Result as ModelResult,
 )
-from serving.engine.batching import Array, Batcher, Entry
+from serving.engine.batching import Array, Batcher, QueueEntry
 from serving.engine.cores import SharedCores
 from serving.engine.decoding import DecodePool, Window
 from serving.engine.errors import EngineError, FaultError, ProcessEndedError
@@ -211,7 +211,7 @@ class Deployment:
 
     async def results(
         self, operation: str, data: bytes | bytearray, deadline: float
-    ) -> AsyncGenerator[tuple[Window, Array, Entry], None]:
+    ) -> AsyncGenerator[tuple[Window, Array, QueueEntry], None]:
         """A file's windows with the model's answers, in order, each as soon as it is there.
 
         Some windows are worked on ahead of the one that is awaited; when the receiver stops, so does all of it.
@@ -219,12 +219,12 @@ class Deployment:
         Raises:
             ClipError: the file is at fault. EngineError: a process ended. TimeoutError: the deadline passed.
         """
-        pending: deque[tuple[Window, Entry]] = deque()
+        pending: deque[tuple[Window, QueueEntry]] = deque()
         windows = self.pool.windows(data)
         per_step = math.prod(list(self.modality.grid.values())[1:])
         try:
             async for window in windows:
-                entry = Entry(operation, deadline, slot=window.slot, valid=window.valid * per_step)
+                entry = QueueEntry(operation, deadline, slot=window.slot, valid=window.valid * per_step)
                 pending.append((window, entry))
                 self._batcher.submit(entry)
                 while pending and (len(pending) >= self._ahead or pending[0][1].future.done()):
@@ -247,7 +247,7 @@ class Deployment:
         step = max(1, PIECE_NUMBERS // self.model_config.quantizer.dim)  # others have their turn between two pieces
         latents = []
         for start in range(0, len(codes), step):
-            entry = Entry("dequantize", deadline, codes=codes[start : start + step])
+            entry = QueueEntry("dequantize", deadline, codes=codes[start : start + step])
             self._batcher.submit(entry)
             latents.append(await entry.future)
         return latents[0] if len(latents) == 1 else await aside(partial(np.concatenate, latents))
@@ -275,7 +275,7 @@ class Deployment:
                     raise
                 log("error", "a batch failed", model=self.name, error=repr(error))
 
-    async def _run_batch(self, device: str, batch: list[Entry]) -> None:
+    async def _run_batch(self, device: str, batch: list[QueueEntry]) -> None:
         operation, codes = batch[0].operation, batch[0].codes
         threads = self._cores.take(self._batcher.more)
         try:

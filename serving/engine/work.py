@@ -86,7 +86,7 @@ async def windows_of(
 
 
 @dataclass(frozen=True)
-class Stream:
+class FileResult:
     """A whole file's answer: values ``[N, M]`` or ``[N, D]`` over `grid`."""
 
     deployment: Deployment
@@ -97,7 +97,7 @@ class Stream:
 
 async def whole(
     candidates: Sequence[Deployment], operation: str, data: bytes | bytearray, deadline: float, timings: Timings
-) -> Stream:
+) -> FileResult:
     """A whole file's answer, joined as `bridle tokenize` joins it.
 
     Raises:
@@ -117,7 +117,7 @@ async def whole(
             values.append(np.array(result.values))  # a copy: else its batch's whole answer would stay
     whole_values = values[0] if len(values) == 1 else await aside(partial(np.concatenate, values))
     extent = joined(places)
-    return Stream(deployment, whole_values, extent.grid, extent.duration_s)
+    return FileResult(deployment, whole_values, extent.grid, extent.duration_s)
 
 
 @dataclass(frozen=True)

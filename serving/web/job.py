@@ -6,7 +6,7 @@ from fastapi import Request
 
 from serving.engine.deployment import Deployment
 from serving.engine.errors import EngineError
-from serving.engine.work import Stream, Timings, each_clip, whole
+from serving.engine.work import FileResult, Timings, each_clip, whole
 from serving.web.problems import problem_of
 from serving.web.schemas import Parameters
 from serving.web.service import Service
@@ -56,7 +56,7 @@ class Job:
             problem.extra["clip"] = index
             raise problem from None
 
-    async def streams(self, operation: str) -> list[Stream]:
+    async def streams(self, operation: str) -> list[FileResult]:
         """Every file's whole answer."""
         files = await self.files()
         work = [whole(models, operation, file, self.deadline, self.timings) for file, models in files]

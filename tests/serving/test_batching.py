@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 import numpy as np
 import pytest
 
-from serving.engine.batching import Batcher, Entry
+from serving.engine.batching import Batcher, QueueEntry
 from serving.engine.deployment import largest_batch
 from serving.metrics import Metrics
 
@@ -33,8 +33,10 @@ class Bench:
     def sample(self, name: str) -> float | None:
         return self.metrics.registry.get_sample_value(f"bridle_serve_{name}", {"model": "m"})
 
-    def put(self, operation: str = "codes", *, slot: int | None = 0, seconds: float = 60.0, **more: object) -> Entry:
-        entry = Entry(operation, time.monotonic() + seconds, slot=slot, **more)  # type: ignore[arg-type]
+    def put(
+        self, operation: str = "codes", *, slot: int | None = 0, seconds: float = 60.0, **more: object
+    ) -> QueueEntry:
+        entry = QueueEntry(operation, time.monotonic() + seconds, slot=slot, **more)  # type: ignore[arg-type]
         self.batcher.submit(entry)
         return entry
 

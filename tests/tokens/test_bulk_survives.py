@@ -135,9 +135,12 @@ def test_what_killed_writers_left_goes_with_the_next_run(
     for path in (old, new):
         path.write_bytes(b"half")
     os.utime(old, (1, 1))
+    name = next((out / "parts").glob("*.json")).stem
+    Store(str(out)).put_json(f"claims/{name}.json", {"host": "elsewhere"})  # killed when its part was there
     assert main(command(models["audio"], many[:2], out, 0)) == 0
     assert not old.exists()
     assert new.exists(), "another process may be at it"
+    assert not list((out / "claims").glob("*.json"))
 
 
 def test_a_claim_is_kept_while_its_owner_beats_and_lost_with_it(tmp_path: Path) -> None:

@@ -71,9 +71,10 @@ def test_a_signal_while_it_imports_ends_it_at_once_with_nothing_left(tmp_path, n
 
 
 @pytest.mark.slow
-def test_a_signal_in_an_evaluation_ends_it_and_the_evaluation_is_made_up_for(tmp_path):
-    short = [f"phases.{i}.steps=2" for i in (1, 2, 3)]
-    given = ("--data", "builtin:audio", "--heldout", "builtin:audio", "train.evaluate_clips=80", *SPARSE, *short)
+def test_a_signal_in_an_evaluation_ends_it_and_the_evaluation_is_made_up_for_once(tmp_path):
+    steps = ("phases.1.steps=40", "train.evaluate_every=20", "train.log_every=20", "train.checkpoint_every=1000")
+    short = [f"phases.{i}.steps=2" for i in (2, 3)]
+    given = ("--data", "builtin:audio", "--heldout", "builtin:audio", "train.evaluate_clips=80", *steps, *short)
     run, other = tmp_path / "run", tmp_path / "other"
     pretrain(other, *given)
     process = start(run, *given)
@@ -82,6 +83,11 @@ def test_a_signal_in_an_evaluation_ends_it_and_the_evaluation_is_made_up_for(tmp
     [saved] = run.glob("checkpoints/phase-1-encoder/step-*/state.json")
     assert json.loads(saved.read_text())["evaluation_due"]
     assert len(rows(run)) == 1
+    process = start(run, *given)
+    wait_for_rows(run, 2, process)  # made up for, and lost again: its checkpoint is from before
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    assert len(rows(run)) == 2
     pretrain(run, *given)
     assert rows(run) == rows(other)
 

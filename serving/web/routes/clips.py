@@ -17,7 +17,7 @@ from bridle.processes.messages import Drawn
 from bridle.tokens.layouts import Vocabulary, to_text
 from serving.engine.deployment import Deployment
 from serving.engine.errors import DeadlineError, EngineError, FileError
-from serving.engine.work import Stream, each_clip, windows_of
+from serving.engine.work import FileResult, each_clip, windows_of
 from serving.web.answers import ARROW, JSON, NDJSON, NPZ, Clip, answer, json_clip, negotiate
 from serving.web.job import Job
 from serving.web.lean import LeanRoute
@@ -103,7 +103,7 @@ async def _picture(models: list[Deployment], file: bytearray) -> tuple[Drawn, by
         return await models[-1].pool.picture(file)
 
 
-def _about(stream: Stream) -> Clip:
+def _about(stream: FileResult) -> Clip:
     return {
         "model": stream.deployment.name,
         "modality": stream.deployment.config.modality,
@@ -112,7 +112,7 @@ def _about(stream: Stream) -> Clip:
     }
 
 
-def _codes(stream: Stream, parameters: TokenizeParameters) -> Clip:
+def _codes(stream: FileResult, parameters: TokenizeParameters) -> Clip:
     quantizer = stream.deployment.model_config.quantizer
     clip = _about(stream)
     clip |= {"codebooks": quantizer.codebooks, "codebook_size": quantizer.codebook_size}
@@ -132,7 +132,7 @@ def _tokens(deployment: Deployment, codes: Any, parameters: TokenizeParameters) 
     return extra
 
 
-def _embedding(stream: Stream, pool: str) -> Clip:
+def _embedding(stream: FileResult, pool: str) -> Clip:
     clip = _about(stream) | {"width": stream.values.shape[-1]}
     if pool == "mean":
         clip["embedding"] = stream.values.mean(0, dtype=np.float64).astype(np.float32)
