@@ -14,7 +14,7 @@ import pytest
 from bridle.modalities.clip import UndecodableError, WrongKindError
 from serving.engine import work
 from serving.engine.errors import AnswerTooLargeError, DeadlineError, FileError
-from serving.engine.work import Stream, Timings, classified, each_clip, whole, windows_of
+from serving.engine.work import FileResult, Timings, classified, each_clip, whole, windows_of
 
 
 class Model:
@@ -48,7 +48,7 @@ class Model:
             raise self.error
 
 
-def joined(*models: Model, timings: Timings | None = None) -> Stream:
+def joined(*models: Model, timings: Timings | None = None) -> FileResult:
     return asyncio.run(whole(models, "codes", b"file", 9.0, timings or Timings()))  # type: ignore[arg-type]
 
 
