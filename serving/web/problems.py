@@ -34,13 +34,8 @@ TYPES: dict[str, tuple[int, str]] = {
 """Every `type`, its status and its title."""
 
 INTERNAL = "the service failed; its log says more under the request id"
-BY_STATUS = {
-    404: "not-found",
-    405: "method-not-allowed",
-    406: "not-acceptable",
-    413: "too-large",
-    431: "headers-too-large",
-}
+BY_STATUS = {status: type for type, (status, _) in TYPES.items()}
+"""For errors that come from the framework, which know their status only."""
 
 
 class ProblemError(Exception):
