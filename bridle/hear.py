@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bridle.modalities.audio import Audio
+from bridle.modalities.audio_frames import HOP, SAMPLE_RATE, WINDOW
 from bridle.modalities.clip import ClipError
-from bridle.modalities.fbank import HOP, SAMPLE_RATE, WINDOW
 from bridle.model import CLIPS_AT_ONCE, BridleModel, batched, stacked
 from bridle.model_folder import ModelError, load
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from bridle.cores import available_cores
 from bridle.processes.fleet import Fleet
 from bridle.settings import parse_settings
-from serving.engine.deployment import config_of, devices_of
+from serving.engine.deployment import config_of
+from serving.engine.devices import devices_of
 from serving.engine.registry import named_folder
 from serving.logs import flush, log, take_over_logging
 from serving.run import bound, serve

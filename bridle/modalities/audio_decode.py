@@ -18,6 +18,7 @@ import soundfile
 import soxr
 
 from bridle.modalities.audio_ffmpeg import open_ffmpeg
+from bridle.modalities.audio_frames import SAMPLE_RATE
 from bridle.modalities.audio_kinds import (
     FLAC,
     MAX_CHANNELS,
@@ -25,16 +26,13 @@ from bridle.modalities.audio_kinds import (
     TAKES,
     WAV,
     Kind,
-    Recording,
-    corrupt,
     describe,
     kind_of,
-    mono,
 )
 from bridle.modalities.audio_parts import flac_parts, mp3_parts
+from bridle.modalities.audio_recording import Recording, corrupt, mono
 from bridle.modalities.audio_wav import mended_wav
 from bridle.modalities.clip import Limits, TooLargeError, UndecodableError, WrongKindError
-from bridle.modalities.fbank import SAMPLE_RATE
 
 RATES = (1_000, 768_000)
 """Sample rates accepted, in Hz: a resampler's memory and output grow with the ratio to 16 kHz."""

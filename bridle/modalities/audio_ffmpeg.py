@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import av
 import numpy as np
 
-from bridle.modalities.audio_kinds import MAX_CHANNELS, MP4, TAKES, Kind, Recording, corrupt, mono
+from bridle.modalities.audio_kinds import MAX_CHANNELS, MP4, TAKES, Kind
+from bridle.modalities.audio_recording import Recording, corrupt, mono
 from bridle.modalities.clip import ClipError, TooLargeError, UndecodableError, WrongKindError
 
 CODECS = (

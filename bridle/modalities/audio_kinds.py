@@ -1,15 +1,10 @@
-"""What a sound file is, by its first bytes; what is opened of it; and how it is refused."""
+"""What a sound file is, by its first bytes, and what a refused one seems to be."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import soundfile
-
 from bridle.modalities.audio_parts import first_mp3_frame
-from bridle.modalities.clip import UndecodableError
 
 MAX_CHANNELS = 64
 PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
@@ -89,22 +84,6 @@ def _without_tag(head: bytes) -> Kind | None:
     return None
 
 
-@dataclass(frozen=True)
-class Recording:
-    """An opened sound file.
-
-    rate: Hz. frames: samples per channel by the header; none where it says nothing reliable.
-    blocks: call once, with a first sample (0 unless `seekable`), for an iterator of mono float32 ``[n]`` at `rate`,
-        n > 0.
-    """
-
-    kind: Kind
-    rate: int
-    frames: int | None
-    seekable: bool
-    blocks: Callable[[int], Iterator[np.ndarray]]
-
-
 def describe(data: bytes) -> str:
     """What a refused file seems to be."""
     head = data[:512].lstrip()
@@ -121,20 +100,3 @@ def describe(data: bytes) -> str:
         return f"a file of {len(data)} zeros"
     printable = all(byte >= 32 or byte in b"\t\r\n" for byte in head)
     return "text" if printable else f"an unknown kind of file (it begins with {data[:8].hex(' ')})"
-
-
-def corrupt(kind: Kind, error: Exception) -> UndecodableError:
-    text = error.error_string if isinstance(error, soundfile.LibsndfileError) else getattr(error, "strerror", None)
-    reason = " ".join((text or str(error)).split()).rstrip(".") or "unreadable"
-    return UndecodableError(f"{kind.name}: corrupt or truncated ({reason}); replace the file")
-
-
-def mono(samples: np.ndarray) -> np.ndarray:
-    """The mean of the channels of float32 ``[channels, n]``."""
-    if len(samples) == 1:
-        return np.ascontiguousarray(samples[0])
-    mixed = np.zeros(samples.shape[1], np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused right after
-        for channel in samples:  # 30 times as fast as a sum over the short axis of interleaved samples
-            mixed += channel
-    return mixed / np.float32(len(samples))

@@ -85,11 +85,10 @@ class Limits(Settings):
     """Frames of a video that may be decoded."""
 
 
-class Modality(Protocol):
-    """A modality: bytes in, `Clip`s out. One file in this folder implements it; the registry names the file.
+class Description(Protocol):
+    """What a modality's clips are, and which files it takes: all that is known without a decoder and without torch.
 
-    Construct with ``(settings, limits, raw)``. Stateless after construction: safe to share between threads and to
-    pickle. `raw`: its clips end before the last steps, which `finish` does for a whole batch, on whatever device.
+    Construct with ``(settings, limits)``.
     """
 
     name: ClassVar[str]
@@ -107,7 +106,6 @@ class Modality(Protocol):
 
     settings: Any
     limits: Limits
-    raw: bool
 
     @property
     def patch(self) -> tuple[int, ...]:
@@ -128,6 +126,16 @@ class Modality(Protocol):
     def recognises(cls, head: bytes) -> bool:
         """Whether the first 4 KiB of a file look like this modality's (by content, never by name)."""
         ...
+
+
+class Modality(Description, Protocol):
+    """A modality: bytes in, `Clip`s out. One file in this folder implements it; the registry names the file.
+
+    Construct with ``(settings, limits, raw)``. Stateless after construction: safe to share between threads and to
+    pickle. `raw`: its clips end before the last steps, which `finish` does for a whole batch, on whatever device.
+    """
+
+    raw: bool
 
     def training_clip(self, data: bytes, rng: np.random.Generator) -> Clip:
         """One augmented clip of the training size; all randomness comes from `rng`.
@@ -177,3 +185,9 @@ class Modality(Protocol):
     def audible(self, data: bytes, seconds: float) -> bytes | None:
         """For people: the first `seconds` of the content as an mp3 file, 16 kHz mono; none where it is not sound."""
         ...
+
+
+def check_size(size: tuple[int, ...], patch: tuple[int, ...]) -> None:
+    """Raises ValueError unless every side is a multiple of the patch's."""
+    if any(side % step for side, step in zip(size, patch, strict=True)):
+        raise ValueError(f"size {size} is not a multiple of patch {patch}; choose one that is")

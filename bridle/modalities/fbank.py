@@ -7,21 +7,11 @@ from functools import lru_cache
 import torch
 from torchaudio.compliance.kaldi import get_mel_banks
 
-SAMPLE_RATE = 16_000
-WINDOW = 400
-"""Samples of one frame: 25 ms."""
-HOP = 160
-"""Samples from one frame to the next: 10 ms."""
-FRAMES_PER_SECOND = SAMPLE_RATE / HOP
+from bridle.modalities.audio_frames import HOP, SAMPLE_RATE, WINDOW
 
 _FFT = 512
 _PREEMPHASIS = 0.97
 _LOWEST_HZ = 20.0
-
-
-def frame_count(samples: int) -> int:
-    """Whole frames in so many samples (Kaldi's `snip_edges`); 0 below one window."""
-    return max(0, 1 + (samples - WINDOW) // HOP)
 
 
 def fbank(waveform: torch.Tensor, mel_bins: int) -> torch.Tensor:

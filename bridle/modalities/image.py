@@ -6,24 +6,22 @@ import io
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image as Pillow
 from PIL import UnidentifiedImageError
-from pydantic import Field, model_validator
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from bridle.modalities.clip import EXTENSIONS, Clip, ClipError, Limits, TooLargeError, UndecodableError, WrongKindError
+from bridle.modalities.clip import Clip, ClipError, Limits, TooLargeError, UndecodableError, WrongKindError
+from bridle.modalities.image_description import ImageDescription, ImageSettings
 from bridle.modalities.image_png import SIGNATURE, pixels_only
-from bridle.settings import Settings
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What Pillow may try. Its other parsers are never reached by a stranger's bytes."""
 
-MAGICS = (b"\xff\xd8\xff", SIGNATURE, b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
 TAKES = "expected a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
 OTHERS = (
     ("a HEIC picture; convert it to JPEG or PNG", lambda head: head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"mif")),
@@ -56,80 +54,17 @@ _SIDEWAYS = (5, 6, 7, 8)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # on damaged tags, which nothing here reads
 warnings.filterwarnings("error", category=Pillow.DecompressionBombWarning)
 
-Pixels = Annotated[int, Field(gt=0)]
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom, in pixels."""
 
 
-class ImageSettings(Settings):
-    """The `clip` section of an image recipe."""
-
-    size: tuple[Pixels, Pixels] = (224, 224)
-    """Height and width of a clip; multiples of the patch."""
-    patch: tuple[Pixels, Pixels] = (16, 16)
-    """Height and width of a patch."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Subtracted from red, green and blue in 0..1; ImageNet's."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Divides red, green and blue after that; ImageNet's."""
-    scale: tuple[float, float] = (0.2, 1.0)
-    """Pretraining: least and greatest share of the picture's area in a random crop."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Pretraining: least and greatest stretch of a random crop against the clip's own shape."""
-    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Pretraining: probability of a horizontal flip."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> ImageSettings:
-        check_size(self.size, self.patch)
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale {self.scale}: expected 0 < least <= greatest <= 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio {self.ratio}: expected 0 < least <= greatest")
-        if min(self.std) <= 0:
-            raise ValueError(f"std {self.std}: expected three figures above 0")
-        return self
-
-
-class Image:
+class Image(ImageDescription):
     """Implements `Modality` for pictures."""
-
-    name: ClassVar[str] = "image"
-    axes: ClassVar[tuple[str, ...]] = ("height", "width")
-    extensions: ClassVar[tuple[str, ...]] = EXTENSIONS["image"]
-    settings_class: ClassVar[type[Settings]] = ImageSettings
-    channels: ClassVar[int] = 3
-    deviation: ClassVar[float] = 1.0
-    raw_is_small: ClassVar[bool] = True
 
     def __init__(self, settings: ImageSettings, limits: Limits | None = None, raw: bool = False) -> None:
         """raw: clips are uint8, before they are normalised."""
-        self.settings = settings
-        self.limits = limits or Limits()
+        super().__init__(settings, limits or Limits())
         self.raw = raw
-
-    @property
-    def patch(self) -> tuple[int, ...]:
-        """Height and width of a patch."""
-        return self.settings.patch
-
-    @property
-    def grid(self) -> dict[str, int]:
-        """Patches down and across."""
-        size, patch = self.settings.size, self.settings.patch
-        return {axis: side // step for axis, side, step in zip(self.axes, size, patch, strict=True)}
-
-    @property
-    def positions_per_second(self) -> float | None:
-        """None: a picture has no time."""
-        return None
-
-    @classmethod
-    def recognises(cls, head: bytes) -> bool:
-        """JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF by their first bytes."""
-        webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
-        avif = head[4:8] == b"ftyp" and b"avif" in _brands(head)
-        return webp or avif or head.startswith(MAGICS)
 
     def training_clip(self, data: bytes, rng: np.random.Generator) -> Clip:
         """A random resized crop (bicubic, antialiased), flipped left to right at random.
@@ -244,21 +179,10 @@ class _pillow_errors:  # noqa: N801  (reads as a statement: with _pillow_errors(
         raise UndecodableError(f"image: corrupt or truncated ({type(error).__name__}: {error})") from error
 
 
-def _brands(head: bytes) -> bytes:
-    """The brands of an ISO file (ISO 14496-12, ftyp), one after another."""
-    return head[8 : min(int.from_bytes(head[:4], "big"), 256)]
-
-
 def _named(data: bytes) -> str:
     """What a refused file seems to be."""
     known = next((name for name, fits in OTHERS if fits(data[:512])), None)
     return known or f"a file that begins {data[:12]!r}"
-
-
-def check_size(size: tuple[int, ...], patch: tuple[int, ...]) -> None:
-    """Raises ValueError unless every side is a multiple of the patch's."""
-    if any(side % step for side, step in zip(size, patch, strict=True)):
-        raise ValueError(f"size {size} is not a multiple of patch {patch}; choose one that is")
 
 
 def random_box(size: tuple[int, int], settings: ImageSettings, rng: np.random.Generator) -> Box:

@@ -14,10 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from bridle.cores import available_cores
 from bridle.folder_config import ClassifierConfig, ModelConfig, is_classifier, read_classifier_config, read_config
-from bridle.modalities import build_modality
-from bridle.modalities.clip import Modality
+from bridle.modalities import describe
+from bridle.modalities.clip import Description
 from bridle.processes.async_child import AsyncChild
 from bridle.processes.messages import (
     VERSION,
@@ -73,7 +72,7 @@ class Deployment:
         self.alias = alias
         self.config = config_of(folder)
         self.name = alias or self.config.name
-        self.modality: Modality = build_modality(self.config.modality, self.config.clip, settings.limits)
+        self.modality: Description = describe(self.config.modality, self.config.clip, settings.limits)
         self.info: dict[str, Any] = {}
         self.codes_depend_on_batch = False
         self.positions = math.prod(self.modality.grid.values())
@@ -384,13 +383,3 @@ def largest_batch(positions: int, devices: Sequence[str]) -> int:
     """Clips of so many positions in one batch, where the settings leave it open."""
     room = min(BATCH_POSITIONS["cuda" if device.startswith("cuda") else "cpu"] for device in devices)
     return min(LARGEST_BATCH, max(SMALLEST_BATCH, room // positions))
-
-
-def devices_of(settings: ServeSettings) -> list[str]:
-    """The devices that `device` stands for."""
-    names = list(settings.device)
-    if settings.device == ("auto",):
-        import torch
-
-        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"] * min(2, available_cores())
-    return [f"{name}#{i}" for i, name in enumerate(names)]  # one device may be named twice: two processes on it

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from bridle.hub import BUILTIN, local_folder
 from bridle.settings import RecipeError, nearest
-from serving.engine.deployment import Deployment, devices_of
+from serving.engine.deployment import Deployment
+from serving.engine.devices import devices_of
 from serving.engine.errors import ChoiceError, EmptyError, ReloadError, UnknownKindError
 from serving.logs import log
 from serving.metrics import Metrics
@@ -58,7 +59,7 @@ class Registry:
             RecipeError: two models of one name. ModelError, ChildError, ConnectionError: one does not start.
         """
         start_workers_template()
-        devices = devices_of(self._settings)
+        devices = await asyncio.to_thread(devices_of, self._settings)
         made = [
             Deployment(folder, self._settings, self._metrics, devices, alias)
             for alias, folder in map(named_folder, self._settings.models)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torchaudio.compliance import kaldi
 
 from bridle.modalities.audio_decode import decode
+from bridle.modalities.audio_frames import frame_count
 from bridle.modalities.clip import Limits
-from bridle.modalities.fbank import fbank, frame_count
+from bridle.modalities.fbank import fbank
 
 
 def reference(waveform: torch.Tensor, mel_bins: int = 128) -> torch.Tensor:

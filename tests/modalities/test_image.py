@@ -16,7 +16,8 @@ from PIL import Image as Pillow
 
 from bridle.modalities import build_modality
 from bridle.modalities.clip import ClipError, Limits, TooLargeError, UndecodableError, WrongKindError
-from bridle.modalities.image import ImageSettings, centre_box, random_box
+from bridle.modalities.image import centre_box, random_box
+from bridle.modalities.image_description import ImageSettings
 from bridle.settings import RecipeError
 
 

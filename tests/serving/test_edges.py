@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from running_service import Server, serving
 from small_models import write_model
 
 import bridle
+from bridle.processes.child import Child
 
 ROOT = Path(__file__).parents[2]
 SERVICE_LINKS = {
@@ -188,3 +192,21 @@ def test_help_speaks_of_settings_not_of_types() -> None:
 def test_a_service_without_a_home_says_nothing_that_is_no_log_line(behind: Server) -> None:
     """`lines` refuses whatever a library would say of its cache."""
     assert "ready" in {line["event"] for line in behind.lines()}
+
+
+def test_the_services_own_process_has_neither_torch_nor_decoders(behind: Server, sounds: list[bytes]) -> None:
+    """Not at its start, `device` left open, and not for a request: torch alone is 0.4 GB, and seconds."""
+    assert httpx.post(behind.url + "/tokenize", content=sounds[0], timeout=60).status_code == 200
+
+    def loaded(pid: int) -> set[str]:
+        return set(re.findall("libtorch|libsndfile|libavcodec", Path(f"/proc/{pid}/maps").read_text()))
+
+    for pid in behind.children("decode"):
+        assert loaded(pid) == {"libtorch", "libsndfile", "libavcodec"}
+    assert loaded(behind.process.pid) == set()
+
+
+def test_a_child_counts_the_gpus() -> None:
+    with closing(Child("serving.workers.gpus:counted", seconds=60, memory_bytes=1 << 46)) as child:
+        ((told, _),) = child.answers(b"", {})
+    assert told == {"gpus": torch.cuda.device_count()}
