@@ -61,8 +61,12 @@ async def answer_to(port: int, data: bytes, address: str) -> int:
     try:
         writer.write(data)
         head = await reader.readuntil(b"\r\n\r\n")
-        length = next((row for row in head.lower().split(b"\r\n") if row.startswith(b"content-length:")), b":0")
-        await reader.readexactly(int(length.split(b":")[1]))
+        rows = dict(row.partition(b": ")[::2] for row in head.lower().split(b"\r\n"))
+        await reader.readexactly(int(rows.get(b"content-length", b"0")))
+        size = int(b"transfer-encoding" in rows)
+        while size:
+            size = int(await reader.readuntil(b"\r\n"), 16)
+            await reader.readexactly(size + 2)
         return int(head.split()[1])
     except (OSError, asyncio.IncompleteReadError):
         return 0

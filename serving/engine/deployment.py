@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,8 +37,8 @@ from bridle.processes.messages import (
 from serving.engine.batching import Array, Batcher, QueueEntry
 from serving.engine.cores import SharedCores
 from serving.engine.decoding import DecodePool, Window
-from serving.engine.errors import EngineError, FaultError, ProcessEndedError
-from serving.engine.turns import aside
+from serving.engine.errors import DeadlineError, EngineError, FaultError, ProcessEndedError
+from serving.engine.turns import Turns
 from serving.logs import log
 from serving.metrics import Metrics
 from serving.settings import ServeSettings
@@ -55,8 +56,9 @@ SMALLEST_BATCH, LARGEST_BATCH = 4, 64
 MEASURED = 5
 """Forward passes of which the fastest tells what a clip costs."""
 MEASURED_BATCH = 8
-PIECE_NUMBERS = 1 << 20
-"""Numbers of latents that one batch makes of codes: 4 MB, of which a copy takes the event loop a millisecond."""
+PIECE_NUMBERS = 1 << 18
+"""Numbers of latents that one batch makes of codes: 1 MB, which the event loop copies in a third of
+a millisecond."""
 
 
 class Deployment:
@@ -98,6 +100,9 @@ class Deployment:
         self.pool = DecodePool(
             self.name, begin, settings.decoders, settings.max_share, self.arena, metrics, self._batcher.look
         )
+        self._dequantizing: Turns[int] = Turns(settings.max_share)
+        for process in range(len(devices)):
+            self._dequantizing.free(process, len(devices))
         self._cores = SharedCores(len(devices), settings.threads)
         self._children: dict[str, AsyncChild] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -166,8 +171,11 @@ class Deployment:
         self.arena.close()
 
     async def retire(self) -> None:
-        """Waits until nobody uses the deployment any more, then stops it."""
-        await self._unused.wait()
+        """Waits until nobody uses the deployment any more, then stops it. Who reads an answer that is made meanwhile
+        longer than a request may take keeps no model alive."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.request_timeout):
+                await self._unused.wait()
         await self.stop()
 
     @contextmanager
@@ -237,19 +245,29 @@ class Deployment:
                 entry.future.cancel()
             await windows.aclose()
 
-    async def dequantize(self, codes: npt.NDArray[np.int64], deadline: float) -> Array:
-        """Codes ``[N, M']`` to latents, float32 ``[N, d]``.
+    async def dequantize(self, codes: npt.NDArray[np.int64]) -> AsyncGenerator[Array, None]:
+        """Codes ``[N, M']`` to latents: float32 ``[n, d]`` again and again, each made when it is asked for.
 
         Raises:
-            EngineError: a process ended. TimeoutError: the deadline passed.
+            EngineError: a process ended, or a piece took longer than a request may.
         """
-        step = max(1, PIECE_NUMBERS // self.model_config.quantizer.dim)  # others have their turn between two pieces
-        latents = []
+        step = max(1, PIECE_NUMBERS // self.model_config.quantizer.dim)
         for start in range(0, len(codes), step):
-            entry = QueueEntry("dequantize", deadline, codes=codes[start : start + step])
-            self._batcher.submit(entry)
-            latents.append(await entry.future)
-        return latents[0] if len(latents) == 1 else await aside(partial(np.concatenate, latents))
+            yield await self._latents(codes[start : start + step])
+
+    async def _latents(self, codes: npt.NDArray[np.int64]) -> Array:
+        count, longest = len(self._devices), self._settings.request_timeout
+        try:
+            async with asyncio.timeout(longest):
+                process = await self._dequantizing.take(count)
+                try:
+                    entry = QueueEntry("dequantize", time.monotonic() + longest, codes=codes)
+                    self._batcher.submit(entry)
+                    return await entry.future
+                finally:
+                    self._dequantizing.free(process, count)
+        except TimeoutError:
+            raise DeadlineError from None
 
     async def _run(self, device: str) -> None:
         """Feeds one model process for as long as the deployment lives, and replaces the process when it ends."""

@@ -106,3 +106,14 @@ async def aside(work: Callable[[], T]) -> T:
         return await asyncio.to_thread(work)
     finally:
         _seats.free(seat, SEATS)
+
+
+_moments: Turns[int] = Turns(1.0)
+_moments.free(0, 1)
+
+
+async def in_turn() -> None:
+    """Returns when the caller may keep the event loop for half a millisecond: one caller in each round of the loop,
+    owners in turn, so that others wait for one such piece of work at most, and for no lock."""
+    seat = await _moments.take(1)
+    asyncio.get_running_loop().call_soon(_moments.free, seat, 1)

@@ -1,37 +1,32 @@
-"""Answers as JSON, NPZ or an Arrow stream, as the client's Accept says."""
+"""Answers as JSON, NPZ or an Arrow stream, as the client's Accept says; large ones are made while they are read."""
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractContextManager, aclosing, nullcontext
 
-import numpy as np
-import numpy.typing as npt
-import orjson
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Send
 
-from serving.engine.turns import aside
+from serving.engine.errors import EngineError
+from serving.engine.turns import aside, in_turn
 from serving.engine.work import SMALL
 from serving.web.admission import Places
+from serving.web.formats import Buffer, Clip, arrow_body, floats, json_body, json_parts, members, npz_length, npz_parts
 from serving.web.npz import write_npz
-from serving.web.problems import ProblemError
+from serving.web.problems import ProblemError, log_fault, problem_of
 
 JSON = "application/json"
 NPZ = "application/x-npz"
 ARROW = "application/vnd.apache.arrow.stream"
 NDJSON = "application/x-ndjson"
 
-PIECE = 5_000
-"""Numbers that are written in one go: half a millisecond, in which no other thread has its turn."""
+AT_ONCE = 32 * 1024
+"""Bytes at least that are handed to a client together."""
 BYTES = {JSON: 10, NPZ: 4, ARROW: 4}
 """About as many bytes a number takes."""
 MAX_JSON_FLOATS = 2_000_000
-
-Clip = dict[str, Any]
-"""A clip's answer: plain values and numpy arrays."""
 
 
 def negotiate(accept: str | None, offered: Sequence[str]) -> str:
@@ -61,112 +56,119 @@ def negotiate(accept: str | None, offered: Sequence[str]) -> str:
 
 
 async def answer(
-    build: Callable[[], list[Clip]], numbers: int, kind: str, headers: dict[str, str], places: Places
+    request: Request,
+    build: Callable[[], list[Clip]],
+    numbers: int,
+    kind: str,
+    headers: dict[str, str],
+    places: Places,
 ) -> Response:
     """The response for the clips that `build` makes, of plain values and numpy arrays.
 
-    numbers: about how many they hold. Large answers are made in a thread, and count against `max_queue_bytes` until
-    they are sent.
+    numbers: about how many they hold. What is large is built in a thread and counts against `max_queue_bytes` until it
+    is sent.
 
     Raises:
         ProblemError: too many floats for JSON; no room (429).
     """
     places.give_back_files()
     places.take_bytes(numbers * BYTES[kind])
-    make = partial(_body, build, kind)
-    small = numbers < SMALL and kind != ARROW  # whose library takes long to import
-    body = make() if small else await aside(make)
+    if kind == ARROW:  # whose library takes long to import
+        body = await aside(lambda: arrow_body(build()))
+    elif numbers >= SMALL:
+        return await streamed(request, await aside(build), kind, headers, nullcontext())
+    else:
+        clips = build()
+        body = json_body(clips) if kind == JSON else write_npz(members(clips))
     return Response(body, headers={**headers, "Cache-Control": "no-store"}, media_type=kind)
 
 
-def _body(build: Callable[[], list[Clip]], kind: str) -> bytes | memoryview:
-    clips = build()
-    arrays = [value for clip in clips for value in clip.values() if isinstance(value, np.ndarray)]
-    floats = sum(array.size for array in arrays if array.dtype.kind == "f")
-    if kind == JSON and floats > MAX_JSON_FLOATS:
-        raise ProblemError("too-large", f"{floats} numbers are too many for JSON; send Accept: {NPZ}")
-    write: dict[str, Callable[[list[Clip]], bytes | memoryview]] = {JSON: _json, NPZ: _npz, ARROW: _arrow}
-    return write[kind](clips)
+async def streamed(
+    request: Request,
+    clips: list[Clip],
+    kind: str,
+    headers: dict[str, str],
+    while_made: AbstractContextManager[object],
+) -> Response:
+    """The response for clips, JSON or NPZ, each piece of which is made when the client has taken those before. Returns
+    when the first is there.
 
+    while_made: is entered before, and left when the answer is sent or nobody wants it any more.
 
-def json_clip(clip: Clip) -> bytes:
-    """One clip as JSON. Float32 is written with the shortest digits that read back as the same float32."""
-    out = bytearray()
-    _write_clip(clip, out)
-    return bytes(out)
-
-
-def _write_clip(clip: Clip, out: bytearray) -> None:
-    for number, (name, value) in enumerate(clip.items()):
-        out += b'%s"%s":' % (b"," if number else b"{", name.encode())
-        _write(value, out)
-    out += b"}"
-
-
-def _write(value: Any, out: bytearray) -> None:
-    """In pieces, between which other threads have their turn: nothing large is ever copied in one go."""
-    if not isinstance(value, np.ndarray):
-        out += orjson.dumps(value)
-        return
-    out += b"["
-    if value.ndim > 1:
-        for number, row in enumerate(value):
-            out += b"," if number else b""
-            _write(row, out)
+    Raises:
+        ProblemError: too many floats for JSON. EngineError: of arrays for later.
+    """
+    headers = {**headers, "Cache-Control": "no-store"}
+    if kind == JSON:
+        if (count := floats(clips)) > MAX_JSON_FLOATS:
+            raise ProblemError("too-large", f"{count} numbers are too many for JSON; send Accept: {NPZ}")
+        parts = json_parts(clips)
     else:
-        row = np.ascontiguousarray(value)
-        for start in range(0, len(row), PIECE):
-            out += b"," if start else b""
-            out += orjson.dumps(row[start : start + PIECE], option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
-    out += b"]"
+        arrays = await aside(lambda: members(clips))
+        headers["Content-Length"] = str(await aside(lambda: npz_length(arrays)))
+        parts = npz_parts(arrays)
+    pieces = _pieces(parts, while_made)
+    try:
+        first = await anext(pieces)
+        if kind == JSON and request.scope["http_version"] == "1.0":  # knows no chunks, and needs the length
+            return Response(first + b"".join([piece async for piece in pieces]), headers=headers, media_type=kind)
+    except BaseException:
+        await pieces.aclose()
+        raise
+    return Begun(first, pieces, request.state.request_id, headers, kind)
 
 
-def _json(clips: list[Clip]) -> memoryview:
-    out = bytearray(b'{"clips":[')
-    for number, clip in enumerate(clips):
-        out += b"," if number else b""
-        _write_clip(clip, out)
-    out += b"]}"
-    return memoryview(out)
+async def _pieces(
+    parts: AsyncGenerator[Buffer, None], while_made: AbstractContextManager[object]
+) -> AsyncGenerator[bytes, None]:
+    """Small parts together, one piece a turn."""
+    held: list[Buffer] = []
+    size = 0
+    with while_made:
+        async with aclosing(parts):
+            await in_turn()
+            async for part in parts:
+                held.append(part)
+                size += len(part)
+                if size >= AT_ONCE:
+                    yield b"".join(held)
+                    held.clear()
+                    size = 0
+                    await in_turn()
+            yield b"".join(held)
 
 
-def _npz(clips: list[Clip]) -> bytes:
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    plain = []
-    for index, clip in enumerate(clips):
-        arrays |= {f"{name}_{index}": value for name, value in clip.items() if isinstance(value, np.ndarray)}
-        plain.append({name: value for name, value in clip.items() if not isinstance(value, np.ndarray)})
-    return write_npz({"clips": np.array(json.dumps(plain)), **arrays})
+class Begun(StreamingResponse):
+    """An answer of which the first piece is there. An error in a later one breaks it off: the client lacks the last
+    chunk, or bytes of the length it was told."""
 
+    def __init__(
+        self,
+        first: bytes,
+        rest: AsyncGenerator[bytes, None],
+        request_id: str,
+        headers: dict[str, str],
+        media_type: str,
+    ) -> None:
+        super().__init__(rest, headers=headers, media_type=media_type)
+        self._first = first
+        self._rest = rest
+        self._request_id = request_id
 
-def _arrow(clips: list[Clip]) -> bytes:
-    import pyarrow as pa  # half a second that only this format needs
+    def last_words(self, problem: ProblemError) -> bytes:
+        """What is sent of an error in a later piece."""
+        raise problem
 
-    rows: list[dict[str, Any]] = []
-    for clip in clips:
-        row = {}
-        for name, value in clip.items():
-            if isinstance(value, np.ndarray):
-                row[name] = list(value) if value.ndim == 2 else value
-            else:
-                row[name] = list(value.items()) if name == "grid" else value
-        rows.append(row)
-    fields = []
-    for name, value in clips[0].items():
-        fields.append(pa.field(name, _arrow_type(pa, name, value)))
-    table = pa.Table.from_pylist(rows, schema=pa.schema(fields))
-    sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue()
-
-
-def _arrow_type(pa: Any, name: str, value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        kind = pa.from_numpy_dtype(value.dtype)
-        return pa.list_(pa.list_(kind)) if value.ndim == 2 else pa.list_(kind)
-    if name == "grid":
-        return pa.map_(pa.string(), pa.int32())
-    if name == "duration_s":
-        return pa.float64()
-    return {str: pa.string(), int: pa.int32()}[type(value)]
+    async def stream_response(self, send: Send) -> None:
+        """Sends the pieces; whatever happens, the work behind them ends with the answer."""
+        async with aclosing(self._rest):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            try:
+                async for piece in self._rest:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            except EngineError as error:
+                log_fault(error, self._request_id)
+                last = self.last_words(problem_of(error))
+                await send({"type": "http.response.body", "body": last, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -151,7 +151,7 @@ class _Exchange:
         self._send = send
         self._patience = settings.body_idle_timeout
         self._min_rate = settings.min_send_rate
-        self._answering = 0.0
+        self._waited = 0.0
         self._head: Message | None = None
         self._started = False
         self._unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
@@ -176,7 +176,6 @@ class _Exchange:
             if self._unread:
                 added.append((b"connection", b"close"))
             message = {**message, "headers": [*message.get("headers", []), *added]}
-            self._answering = time.monotonic()
             self._head = message
             return
         body = memoryview(message.get("body", b""))
@@ -187,14 +186,17 @@ class _Exchange:
             self.sent += min(PIECE, len(body) - start)
 
     async def _send_in_time(self, message: Message) -> None:
-        """Sends a piece when the client has taken those before; one that reads too slowly is cut off."""
-        if self.sent < self._min_rate * (time.monotonic() - self._answering - PATIENCE):
+        """Sends a piece when the client has taken those before; one that reads too slowly is cut off. Only the time
+        that the client was waited for counts: an answer that is made meanwhile may be made slowly."""
+        if self.sent < self._min_rate * (self._waited - PATIENCE):
             raise TimeoutError
         head, self._head = self._head, None
+        began = time.monotonic()
         async with asyncio.timeout(self._patience):
             if head is not None:
                 await self._send(head)
             await self._send(message)
+        self._waited += time.monotonic() - began
 
     def close(self) -> None:
         """Gives back what the request has taken."""

@@ -6,6 +6,7 @@ import io
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def read_npz(data: bytes | bytearray, *, max_arrays: int, max_numbers: int) -> d
     return arrays
 
 
-def write_npz(arrays: dict[str, npt.NDArray[Any]]) -> bytes:
+def write_npz(arrays: Mapping[str, Any]) -> bytes:
     """An NPZ file, not compressed."""
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, **arrays)

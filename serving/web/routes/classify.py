@@ -8,7 +8,8 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
 from serving.engine.work import Classes, classified, each_clip
-from serving.web.answers import JSON, Clip, answer, negotiate
+from serving.web.answers import JSON, answer, negotiate
+from serving.web.formats import Clip
 from serving.web.job import Job
 from serving.web.lean import LeanRoute
 from serving.web.openapi import FILES, problems
@@ -36,7 +37,7 @@ async def classify(
     job.note(len(files))
     numbers = sum(len(one.values) for one in found)
     return await answer(
-        lambda: [_classes(one, parameters.top) for one in found], numbers, kind, job.headers(), job.places
+        request, lambda: [_classes(one, parameters.top) for one in found], numbers, kind, job.headers(), job.places
     )
 
 

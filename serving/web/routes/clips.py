@@ -9,20 +9,20 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Send
+from starlette.responses import Response
 
 from bridle.modalities.clip import ClipError, WrongKindError
 from bridle.processes.messages import Drawn
 from bridle.tokens.layouts import Vocabulary, to_text
 from serving.engine.deployment import Deployment
-from serving.engine.errors import DeadlineError, EngineError, FileError
+from serving.engine.errors import DeadlineError, FileError
 from serving.engine.work import FileResult, each_clip, windows_of
-from serving.web.answers import ARROW, JSON, NDJSON, NPZ, Clip, answer, json_clip, negotiate
+from serving.web.answers import ARROW, JSON, NDJSON, NPZ, Begun, answer, negotiate
+from serving.web.formats import Clip, json_clip
 from serving.web.job import Job
 from serving.web.lean import LeanRoute
 from serving.web.openapi import FILES, problems
-from serving.web.problems import ProblemError, log_fault, problem_of
+from serving.web.problems import ProblemError
 from serving.web.schemas import EncodeAnswer, EncodeParameters, Parameters, TokenizeAnswer, TokenizeParameters
 from serving.web.scopes import needs
 from serving.web.service import Service, service_of
@@ -47,7 +47,12 @@ async def tokenize(
         numbers = sum(one.values.size for one in streams)
         extra = 1 + (parameters.layout is not None) + 2 * parameters.text
         return await answer(
-            lambda: [_codes(one, parameters) for one in streams], extra * numbers, kind, job.headers(), job.places
+            request,
+            lambda: [_codes(one, parameters) for one in streams],
+            extra * numbers,
+            kind,
+            job.headers(),
+            job.places,
         )
     lines = _lines(job, await job.files(), parameters)
     try:
@@ -55,7 +60,7 @@ async def tokenize(
     except BaseException:
         await lines.aclose()
         raise
-    return _Lines(first, lines, request.state.request_id)
+    return _Lines(first, lines, request.state.request_id, {"Cache-Control": "no-store"}, NDJSON)
 
 
 @router.post("/encode", response_model=EncodeAnswer, responses=problems(NPZ, ARROW), openapi_extra=FILES)
@@ -67,7 +72,7 @@ async def encode(request: Request, service: TheService, parameters: Annotated[En
     streams = await job.streams("embed")
     numbers = sum(one.values.size for one in streams)
     return await answer(
-        lambda: [_embedding(one, parameters.pool) for one in streams], numbers, kind, job.headers(), job.places
+        request, lambda: [_embedding(one, parameters.pool) for one in streams], numbers, kind, job.headers(), job.places
     )
 
 
@@ -167,26 +172,9 @@ async def _lines(
     job.note(len(files))
 
 
-class _Lines(StreamingResponse):
+class _Lines(Begun):
     """Lines as they come. An error after the first line becomes the last line: `{"problem": {...}}`."""
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], request_id: str) -> None:
-        super().__init__(rest, media_type=NDJSON, headers={"Cache-Control": "no-store"})
-        self._first = first
-        self._rest = rest
-        self._request_id = request_id
-
-    async def stream_response(self, send: Send) -> None:
-        """Sends the lines; whatever happens, the work behind them ends with the answer."""
-        async with contextlib.aclosing(self._rest):
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
-            try:
-                async for line in self._rest:
-                    await send({"type": "http.response.body", "body": line, "more_body": True})
-            except EngineError as error:
-                log_fault(error, self._request_id)
-                problem = problem_of(error)
-                line = json.dumps({"problem": problem.body()}).encode() + b"\n"
-                await send({"type": "http.response.body", "body": line, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+    def last_words(self, problem: ProblemError) -> bytes:
+        """The line that tells of it."""
+        return json.dumps({"problem": problem.body()}).encode() + b"\n"

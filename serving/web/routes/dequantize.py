@@ -14,9 +14,10 @@ from starlette.responses import Response
 from bridle.tokens.layouts import TokenError, Vocabulary
 from serving.engine.deployment import Deployment
 from serving.engine.turns import aside
-from serving.engine.work import MAX_NUMBERS, SMALL, each_clip
+from serving.engine.work import MAX_NUMBERS, SMALL
 from serving.settings import ServeSettings
-from serving.web.answers import ARROW, JSON, NPZ, PIECE, answer, negotiate
+from serving.web.answers import ARROW, JSON, NPZ, answer, negotiate, streamed
+from serving.web.formats import PIECE, Clip, Later
 from serving.web.lean import LeanRoute
 from serving.web.npz import read_npz
 from serving.web.openapi import problems
@@ -29,6 +30,9 @@ from serving.web.waiting import while_wanted
 router = APIRouter(tags=["codes"], route_class=LeanRoute)
 MAX_JSON = 2 * 1024 * 1024
 """Bytes of a JSON body; parsing it stops everything else for as long as it takes (2 MB: 30 ms)."""
+AHEAD = 2 * 1024 * 1024
+"""Bytes of an answer, made while it is read, that are here at a time: a piece of the model's, and what the connection
+holds."""
 Codes = npt.NDArray[np.int64]
 
 
@@ -69,13 +73,28 @@ async def dequantize(
     rows = read() if small else await aside(read)
     dim = model.model_config.quantizer.dim
     numbers = sum(len(codes) for codes in rows) * dim
-    places.take_bytes(4 * numbers)  # a small body may unfold to a large answer
+    clips = [
+        {"model": model.name, "codebooks": codes.shape[1], "dim": dim, "latents": Later((len(codes), dim), latents)}
+        for codes, latents in ((codes, model.dequantize(codes)) for codes in rows)
+    ]
+    if numbers < SMALL or kind == ARROW:
+        places.take_bytes(4 * numbers)
+        made = await while_wanted(request, _whole(model, clips), deadline)
+        return await answer(request, lambda: made, numbers, kind, {}, places)
+    places.take_bytes(sum(codes.nbytes for codes in rows) + AHEAD)
+    places.give_back_files()
+    return await while_wanted(request, streamed(request, clips, kind, {}, model.used()), deadline)
+
+
+async def _whole(model: Deployment, clips: list[Clip]) -> list[Clip]:
+    """The same clips with all their latents."""
+    made = []
     with model.used():
-        work = each_clip([model.dequantize(codes, deadline) for codes in rows])
-        latents = await while_wanted(request, work, deadline)
-    about = [{"model": model.name, "codebooks": codes.shape[1], "dim": dim} for codes in rows]
-    made = [one | {"latents": found} for one, found in zip(about, latents, strict=True)]
-    return await answer(lambda: made, numbers, kind, {}, places)
+        for clip in clips:
+            found = [block async for block in clip["latents"].blocks]
+            latents = found[0] if len(found) == 1 else await aside(partial(np.concatenate, found))
+            made.append({**clip, "latents": latents})
+    return made
 
 
 def _clips(body: bytearray, sent: str, model: Deployment, settings: ServeSettings) -> list[Codes]:
