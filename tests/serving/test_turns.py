@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 import pytest
 
 from serving.engine import turns
-from serving.engine.turns import OWNER, Turns, aside
+from serving.engine.turns import OWNER, Turns, aside, in_turn
 
 
 def in_loop(test: Callable[[], Coroutine[None, None, None]]) -> Callable[[], None]:
@@ -159,3 +159,37 @@ async def test_work_aside_is_two_at_a_time_and_fails_as_it_does() -> None:
         with pytest.raises(ZeroDivisionError):
             await aside(lambda: 1 // 0)
     assert await aside(lambda: "still") == "still"
+
+
+@in_loop
+async def test_of_all_who_keep_the_loop_one_does_in_each_of_its_rounds() -> None:
+    """However many there are, what else is ready waits for one of them."""
+    rounds, kept = 0, list[tuple[int, str]]()
+
+    async def others() -> None:
+        nonlocal rounds
+        while True:
+            rounds += 1
+            await asyncio.sleep(0)
+
+    async def busy(owner: str, times: int) -> None:
+        OWNER.set(owner)
+        for _ in range(times):
+            await in_turn()
+            kept.append((rounds, owner))
+
+    beside = asyncio.create_task(others())
+    await asyncio.gather(*(busy("a", 5) for _ in range(4)), busy("b", 5))
+    beside.cancel()
+    when = [at for at, _ in kept]
+    assert len(when) == 25 and len(set(when)) == 25
+    assert "".join(owner for _, owner in kept[:10]).count("b") >= 4  # owners in turn, not requests
+
+
+@in_loop
+async def test_who_waits_for_a_moment_and_leaves_keeps_none() -> None:
+    tasks = [asyncio.create_task(in_turn()) for _ in range(3)]
+    await asyncio.sleep(0)
+    for task in tasks[1:]:
+        task.cancel()
+    await in_turn()
