@@ -100,9 +100,7 @@ class Deployment:
         self.pool = DecodePool(
             self.name, begin, settings.decoders, settings.max_share, self.arena, metrics, self._batcher.look
         )
-        self._dequantizing: Turns[int] = Turns(settings.max_share)
-        for process in range(len(devices)):
-            self._dequantizing.free(process, len(devices))
+        self._dequantizing: Turns[int] = Turns(settings.max_share, range(len(devices)))
         self._cores = SharedCores(len(devices), settings.threads)
         self._children: dict[str, AsyncChild] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -256,16 +254,12 @@ class Deployment:
             yield await self._latents(codes[start : start + step])
 
     async def _latents(self, codes: npt.NDArray[np.int64]) -> Array:
-        count, longest = len(self._devices), self._settings.request_timeout
+        longest = self._settings.request_timeout
         try:
-            async with asyncio.timeout(longest):
-                process = await self._dequantizing.take(count)
-                try:
-                    entry = QueueEntry("dequantize", time.monotonic() + longest, codes=codes)
-                    self._batcher.submit(entry)
-                    return await entry.future
-                finally:
-                    self._dequantizing.free(process, count)
+            async with asyncio.timeout(longest), self._dequantizing.one(len(self._devices)):
+                entry = QueueEntry("dequantize", time.monotonic() + longest, codes=codes)
+                self._batcher.submit(entry)
+                return await entry.future
         except TimeoutError:
             raise DeadlineError from None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Generic, TypeVar
 
@@ -22,12 +23,12 @@ ABOUT_SECONDS = 10.0
 class Turns(Generic[W]):
     """Workers, handed to those who wait for one.
 
-    share: of the workers that one owner gets while others are about, but at least one.
+    share: of the workers that one owner gets while others are about, but at least one; idle: workers there are already.
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, idle: Iterable[W] = ()) -> None:
         self._share = share
-        self._idle: list[W] = []
+        self._idle = list(idle)
         self._waiting: OrderedDict[str, deque[asyncio.Future[W]]] = OrderedDict()
         self._held: dict[W, str] = {}
         self._running: Counter[str] = Counter()
@@ -49,6 +50,15 @@ class Turns(Generic[W]):
             if future.done() and not future.cancelled():
                 self.free(future.result(), count)
             raise
+
+    @asynccontextmanager
+    async def one(self, count: int) -> AsyncIterator[W]:
+        """A worker as from `take`, given back at the end."""
+        worker = await self.take(count)
+        try:
+            yield worker
+        finally:
+            self.free(worker, count)
 
     def free(self, worker: W, count: int) -> None:
         """A worker that is idle now, or new."""
@@ -94,22 +104,16 @@ class Turns(Generic[W]):
             self._about.popitem(last=False)
 
 
-_seats: Turns[int] = Turns(1 / SEATS)
-for _seat in range(SEATS):
-    _seats.free(_seat, SEATS)
+_seats: Turns[int] = Turns(1 / SEATS, range(SEATS))
 
 
 async def aside(work: Callable[[], T]) -> T:
     """What grows with a request's content, done in a thread, when it is its owner's turn."""
-    seat = await _seats.take(SEATS)
-    try:
+    async with _seats.one(SEATS):
         return await asyncio.to_thread(work)
-    finally:
-        _seats.free(seat, SEATS)
 
 
-_moments: Turns[int] = Turns(1.0)
-_moments.free(0, 1)
+_moments: Turns[int] = Turns(1.0, range(1))
 
 
 async def in_turn() -> None:
