@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from halting import Halt
 from warm import WarmProcess, run_warm
+
+from bridle.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 BRIDLE = str(Path(sys.executable).with_name("bridle"))
@@ -70,10 +74,14 @@ def rows(run: Path, with_times: bool = False) -> list[dict]:
     return [{k: v for k, v in line.items() if with_times or k not in TIMES} for line in lines]
 
 
-def start(run: Path, *arguments: str, ranks: int = 1, warm: bool = True, **more: str) -> subprocess.Popen | WarmProcess:
+def start(
+    run: Path, *arguments: str, ranks: int = 1, warm: bool = True, halt: Halt | None = None, **more: str
+) -> subprocess.Popen | WarmProcess:
     """The same, running; several ranks with a launcher. Its output goes to `RUN.log`, so that nobody has to read it for
     it to go on."""
     words, variables = command(run, *arguments, ranks=ranks), environment(**more)
+    if halt is not None:
+        words, variables = halt.put_in(words, variables)
     with Path(f"{run}.log").open("w") as output:
         if warm and ranks == 1:
             return WarmProcess(words, env=variables, cwd=ROOT, stdout=output, stderr=output)
@@ -97,7 +105,7 @@ def output_of(run: Path) -> str:
 
 
 def wait_for(
-    what: Callable[[], object], process: subprocess.Popen | WarmProcess, run: Path, seconds: float = 120
+    what: Callable[[], object], process: subprocess.Popen | WarmProcess, run: Path, seconds: float = 300
 ) -> None:
     """Until `what` is true; the process must not end before."""
     deadline = time.monotonic() + seconds
@@ -113,11 +121,20 @@ def wait_for_rows(run: Path, count: int, process: subprocess.Popen | WarmProcess
 
 
 def start_and_signal(run: Path, rows_seen: int, number: int, *arguments: str) -> tuple[int, str]:
-    """Starts a run and sends it a signal once it has written so many rows of metrics."""
-    process = start(run, *arguments)
-    wait_for_rows(run, rows_seen, process)
+    """Starts a run and sends it a signal when it has so many rows of metrics."""
+    halt = Halt(f"row {rows_seen}", Path(f"{run}.halt"))
+    process = start(run, *arguments, halt=halt)
+    wait_for(halt.reached, process, run)
     process.send_signal(number)
-    return process.wait(timeout=60), output_of(run)
+    if number != signal.SIGKILL:
+        end_when_heard(halt, process, run)
+    return process.wait(timeout=300), output_of(run)
+
+
+def end_when_heard(halt: Halt, process: subprocess.Popen | WarmProcess, run: Path) -> None:
+    """Lets a run go on once it knows that it is to stop."""
+    wait_for(lambda: "stopping after this step" in output_of(run), process, run)
+    halt.end()
 
 
 def processes_of(run: Path) -> list[psutil.Process]:
@@ -132,13 +149,9 @@ def processes_of(run: Path) -> list[psutil.Process]:
 
 def ranks_of(run: Path) -> list[psutil.Process]:
     """The ranks of a run, in order."""
-    ranks = [process for process in processes_of(run) if process.environ().get("RANK")]
-    return sorted(ranks, key=lambda process: int(process.environ()["RANK"]))
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    found = []
+    for process in processes_of(run):
+        with contextlib.suppress(psutil.Error):  # it ends just now
+            if rank := process.environ().get("RANK"):
+                found.append((int(rank), process.pid, process))
+    return [process for *_, process in sorted(found)]

@@ -129,7 +129,7 @@ def test_a_full_disk_costs_one_line_and_no_checkpoint(tmp_path):
     other = tmp_path / "other"
     limited = subprocess.run(
         command(other, "phases.1.steps=4", "phases.2.steps=4", "phases.3.steps=4"),
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
     )  # fmt: skip
     line = failed(limited)
@@ -149,7 +149,7 @@ def test_nothing_needs_a_compiler(tmp_path):
     done = subprocess.run(
         command(tmp_path / "run", "phases.1.steps=2", "phases.2.steps=2", "phases.3.steps=2"),
         env={**environment(PATH=str(tools), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions")), "CC": "", "CXX": ""},
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "extensions").exists() or not os.listdir(tmp_path / "extensions")  # noqa: PTH208

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from halting import Halt
 from launching import ROOT, command, environment, rows, variables_of, wait_for
 from small_models import write_model
 from warm import WarmProcess, run_warm
@@ -54,14 +55,13 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_killed_between_checkpoints_equals_an_undisturbed_one_to_the_last_digit(
     undisturbed: Path, model: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
+    run, halt = tmp_path / "run", Halt("row 3", tmp_path / "halt")  # of step 6, whose checkpoint is not yet written
     with Path(f"{run}.log").open("w") as output:
-        words = finetune_command(run, model)
-        process = WarmProcess(words, env=environment(), cwd=ROOT, stdout=output, stderr=output)
-    metrics = run / "metrics.jsonl"  # of step 6, whose checkpoint is not yet written, or just so
-    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, process, run, seconds=300)
+        words, variables = halt.put_in(finetune_command(run, model), environment())
+        process = WarmProcess(words, env=variables, cwd=ROOT, stdout=output, stderr=output)
+    wait_for(halt.reached, process, run)
     process.send_signal(signal.SIGKILL)
-    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert process.wait(timeout=300) == -signal.SIGKILL
     told = finetune(run, model).stdout
     assert "from step 0" not in told
     assert rows(run) == rows(undisturbed)

@@ -18,7 +18,7 @@ from bridle.training.manifest import check_folder
 
 
 def alarms(port: int, kind: str) -> float:
-    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     return float(
         next(line for line in lines if line.startswith(f'bridle_train_alarms_total{{kind="{kind}"}}')).split()[1]
@@ -33,7 +33,7 @@ def steps(run: Path) -> list[Path]:
 def test_training_goes_on_over_a_full_disk_and_writes_again_when_there_is_room(tmp_path):
     """No file may grow over what metrics.jsonl has now: neither a checkpoint nor a row finds room."""
     run, port = tmp_path / "run", free_port()
-    settings = ("phases.1.steps=600", "train.checkpoint_every=10", f"train.prometheus_port={port}")
+    settings = ("phases.1.steps=50000", "train.checkpoint_every=10", f"train.prometheus_port={port}")
     process = subprocess.Popen(
         command(run, *settings), env=environment(), cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -42,15 +42,17 @@ def test_training_goes_on_over_a_full_disk_and_writes_again_when_there_is_room(t
     threading.Thread(target=lambda: said.extend(process.stdout), daemon=True).start()
 
     def wait_for(what: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not what():
             assert process.poll() is None, "".join(said)
             assert time.monotonic() < deadline, "".join(said)
             time.sleep(0.01)
 
     wait_for(lambda: len(steps(run)) == 2)
+    process.send_signal(signal.SIGSTOP)  # else a row may come between the size and the limit
     size = (run / "metrics.jsonl").stat().st_size
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    process.send_signal(signal.SIGCONT)
     wait_for(lambda: alarms(port, "checkpoint") >= 2 and alarms(port, "metrics") >= 2)
     stood = steps(run)
     assert len(stood) == 2
@@ -62,7 +64,7 @@ def test_training_goes_on_over_a_full_disk_and_writes_again_when_there_is_room(t
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     wait_for(lambda: not set(stood) & set(steps(run)))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75, "".join(said)
+    assert process.wait(timeout=300) == 75, "".join(said)
     assert not any("Traceback" in line for line in said)
     for folder in steps(run):
         check_folder(folder)

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 import yaml
-from launching import TINY, pretrain, rows, start, wait_for_rows
+from launching import TINY, pretrain, rows, start_and_signal
 
 from bridle.config import JointPhase, load_recipe
 from bridle.model_folder import load
@@ -166,10 +166,8 @@ def test_a_joint_run_resumes_to_the_last_digit_and_leaves_a_model(quantizer, tmp
         pretrain(tmp_path / config, "--recipe", recipe, config=config, ranks=2)
         for one, two in zip(rows(whole), rows(tmp_path / config), strict=True):
             assert two["loss"] == pytest.approx(one["loss"], rel=5e-3), (one, two)
-    process = start(killed, "--recipe", recipe)
-    wait_for_rows(killed, 6, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
+    code, output = start_and_signal(killed, 6, signal.SIGKILL, "--recipe", recipe)
+    assert code == -signal.SIGKILL, output
     pretrain(killed, "--recipe", recipe)
     assert rows(killed) == rows(whole)
     last = rows(whole)[-1]

@@ -28,7 +28,7 @@ def test_a_trainer_killed_in_a_request_leaves_no_traceback(moment):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
+        timeout=300,
     )  # returns when the last of its processes has closed its output
     assert done.returncode == -9
     assert done.stdout == ""

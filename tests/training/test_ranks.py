@@ -69,7 +69,7 @@ def test_a_killed_rank_ends_the_job_with_one_clear_line(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -77,6 +77,6 @@ def test_a_killed_rank_ends_the_job_with_one_clear_line(tmp_path):
     for pid in victim.stdout.split():
         if "launch" not in open(f"/proc/{pid}/cmdline").read():  # noqa: SIM115, PTH123
             os.kill(int(pid), signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "Traceback" not in output, output

@@ -13,6 +13,7 @@ from typing import Any
 
 import boto3
 import pytest
+from halting import Halt
 from launching import BRIDLE, ROOT, TIMES, TINY, command, environment, pretrain, rows
 from moto.server import ThreadedMotoServer
 from warm import WarmProcess, run_warm
@@ -51,31 +52,34 @@ def undisturbed(tmp_path_factory) -> Path:
 class Node:
     """A machine with nothing on its disk, and a run that it trains."""
 
-    def __init__(self, disk: Path, port: int, run: str, *arguments: str, ranks: int = 1) -> None:
+    def __init__(self, disk: Path, port: int, run: str, *arguments: str, ranks: int = 1, halt: str = "") -> None:
+        """halt: where its first rank waits for the test, see halting.py."""
         disk.mkdir()
+        self.halt = Halt(halt, disk / "halt")
         self.log = disk / "log"
         self.variables = environment(
             **KEYS, AWS_ENDPOINT_URL=ENDPOINT.format(port), XDG_CACHE_HOME=str(disk / "cache"), TMPDIR=str(disk)
         )
         with self.log.open("w") as output:
             make = WarmProcess if ranks == 1 else subprocess.Popen
-            self.process = make(
-                command(run, *arguments, ranks=ranks), env=self.variables, cwd=ROOT, stdout=output, stderr=output
-            )
+            words, variables = command(run, *arguments, ranks=ranks), self.variables
+            if halt:
+                words, variables = self.halt.put_in(words, variables)
+            self.process = make(words, env=variables, cwd=ROOT, stdout=output, stderr=output)
 
     @property
     def output(self) -> str:
         return self.log.read_text()
 
     def wait_for(self, what: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 400
         while not what():
             assert self.process.poll() is None, self.output
             assert time.monotonic() < deadline, self.output
             time.sleep(0.02)
 
     def ended(self) -> int:
-        return self.process.wait(timeout=200)
+        return self.process.wait(timeout=400)
 
     def bridle(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return run_warm([sys.executable, BRIDLE, *arguments], env=self.variables, cwd=ROOT)
@@ -97,10 +101,12 @@ def rows_in(bucket: Any, prefix: str) -> list[dict]:
 @pytest.mark.slow
 def test_a_run_goes_from_node_to_node_and_ends_as_an_undisturbed_one(bucket, port, undisturbed, tmp_path, monkeypatch):
     run, at = "s3://runs/some/tiny", "some/tiny"
-    first = Node(tmp_path / "first", port, run, ranks=2)
+    first = Node(tmp_path / "first", port, run, ranks=2, halt="[1 encoder] the end of step 6")
     first.wait_for(lambda: "checkpoints/phase-1-encoder/step-00000004/manifest.json" in keys(bucket, at))
     first.process.send_signal(signal.SIGTERM)  # it ends DeepSpeed's runner; the ranks notice, save, upload and end
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 400
+    first.wait_for(lambda: "stopping after this step" in first.output)
+    first.halt.end()
     while "lock.json" in keys(bucket, at):
         assert time.monotonic() < deadline, first.output
         time.sleep(0.1)
@@ -108,7 +114,7 @@ def test_a_run_goes_from_node_to_node_and_ends_as_an_undisturbed_one(bucket, por
 
     torn = "checkpoints/phase-1-encoder/step-00000002/model.safetensors"  # as a node leaves it that dies in an upload
     bucket.put_object(Key=f"{at}/{torn}", Body=b"half")
-    second = Node(tmp_path / "second", port, run)
+    second = Node(tmp_path / "second", port, run, halt="[2 tokenizer] the end of step 6")
     second.wait_for(lambda: any(key.startswith("checkpoints/phase-2-tokenizer/step-") for key in keys(bucket, at)))
     second.process.kill()
     second.ended()
@@ -162,8 +168,12 @@ def test_a_second_start_says_who_trains_there(bucket, port, tmp_path):
 @pytest.mark.slow
 def test_one_rank_killed_and_moved_at_any_upload_repeats_to_the_last_digit(bucket, port, undisturbed, tmp_path):
     run, at = "s3://runs/moved", "moved"
-    for number, seen in enumerate(("phase-1-encoder/step-00000008/model", "phase-2-tokenizer/finished/state")):
-        node = Node(tmp_path / f"{number}", port, run)
+    moments = (
+        ("phase-1-encoder/step-00000008/model", "[1 encoder] the end of step 10"),
+        ("phase-2-tokenizer/finished/state", "[3 encoder] the end of step 2"),
+    )
+    for number, (seen, there) in enumerate(moments):
+        node = Node(tmp_path / f"{number}", port, run, halt=there)  # so that it is not gone before it is seen
         node.wait_for(lambda seen=seen: any(seen in key for key in keys(bucket, at)))
         node.process.kill()
         node.ended()
@@ -184,9 +194,10 @@ def test_training_goes_on_while_the_store_is_away_and_makes_up_for_it(undisturbe
         aws_access_key_id="test", aws_secret_access_key="test",
     )  # fmt: skip
     bucket = s3.create_bucket(Bucket="away")
-    node = Node(tmp_path / "node", port, "s3://away/run")
-    node.wait_for(lambda: "from step 0" in node.output)
+    node = Node(tmp_path / "node", port, "s3://away/run", halt="[1 encoder] the end of step 1")
+    node.wait_for(node.halt.reached)
     server.stop()
+    node.halt.end()
     node.wait_for(lambda: "the next checkpoint tries again" in node.output)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=port)
     server.start()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import output_of, rows, start_bare, wait_for_rows
+from launching import free_port, output_of, rows, start_bare, wait_for_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bridle.training.ranks import Ranks
@@ -48,20 +48,21 @@ def test_parts_are_shares_of_the_time_and_the_slowest_rank_stands_out(monkeypatc
 
 def test_rows_tensorboard_and_prometheus_say_where_the_time_of_two_ranks_goes(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    ranks = start_bare(run, "train.prometheus_port=19464", "phases.1.steps=2000")
+    ranks = start_bare(run, f"train.prometheus_port={free_port()}", "phases.1.steps=50000")
     try:
-        wait_for_rows(run, 2, ranks[0])
+        wait_for_rows(run, 8, ranks[0])
         url = output_of(run).partition("metrics at ")[2].split()[0]
-        exported = urllib.request.urlopen(url, timeout=10).read().decode()
+        exported = urllib.request.urlopen(url, timeout=60).read().decode()
     finally:
         for rank in ranks:
             rank.send_signal(signal.SIGTERM)
-        assert [rank.wait(60) for rank in ranks] == [75, 75]
-    row = next(row for row in rows(run, with_times=True) if row["split"] == "train")
-    assert 0.3 < sum(row[part] for part in PARTS) <= 1.0
-    assert all(row[part] > 0 for part in PARTS)
-    assert 1.0 <= row["straggling"] < 50
-    assert 0 < row["mfu"] < 1.5
+        assert [rank.wait(300) for rank in ranks] == [75, 75]
+    found = [row for row in rows(run, with_times=True) if row["split"] == "train"]
+    shares = [sum(row[part] for part in PARTS) for row in found]
+    assert 0.3 < max(shares) <= 1.0  # a rank that a busy machine kept waiting has a row of its own
+    assert all(row[part] > 0 for row in found for part in PARTS)
+    assert 1.0 <= min(row["straggling"] for row in found) < 50
+    assert all(0 < row["mfu"] < 1.5 for row in found)
     for part in PARTS:
         assert f'bridle_train_part_seconds_total{{part="{part}"}}' in exported
     for name in ("straggling_ratio", "memory_bytes", 'flops_per_second{phase="encoder"}', 'mfu_ratio{phase="encoder"}'):
@@ -100,6 +101,8 @@ def test_on_a_gpu_events_tell_the_time_and_nothing_is_asked_before_a_row_is_due(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    now = iter(range(1000))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now) * 1e-3)
     parts = PartTimes(torch.device("cuda"))
     for _ in range(2):
         for _ in range(3):

@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launching import BRIDLE, ROOT, environment, output_of, pretrain, start, wait_for, wait_for_rows
+from halting import Halt
+from launching import BRIDLE, ROOT, environment, pretrain, start, start_and_signal, wait_for
 
 
 def status(run: Path, *more: str) -> tuple[int, str]:
@@ -22,15 +23,16 @@ def status(run: Path, *more: str) -> tuple[int, str]:
 @pytest.mark.slow
 def test_a_run_is_running_then_dead_then_stopped_then_finished(tmp_path):
     run = tmp_path / "run"
-    long_enough_to_be_asked = ["train.log_every=1", "phases.1.steps=300"]
-    process = start(run, *long_enough_to_be_asked)
-    wait_for_rows(run, 5, process)
+    arguments = ["train.log_every=1", "phases.1.steps=20"]
+    halt = Halt("row 5", tmp_path / "halt")
+    process = start(run, *arguments, halt=halt)
+    wait_for(halt.reached, process, run)
     code, said = status(run, "--json")
     assert code == 0, said
     found = json.loads(said)
     assert (found["state"], found["pid"]) == ("running", process.pid)
     assert found["train"]["step"] > 0
-    assert found["train"]["total_steps"] == 300
+    assert found["train"]["total_steps"] == 20
     assert found["seconds_left"] >= 0
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -38,16 +40,14 @@ def test_a_run_is_running_then_dead_then_stopped_then_finished(tmp_path):
     assert code == 5, said
     assert f"was held by process {process.pid}" in said
 
-    process = start(run, *long_enough_to_be_asked)
-    wait_for(lambda: "[1 encoder] step" in output_of(run), process, run)  # rows may still be the first one's
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75, output_of(run)
+    code, said = start_and_signal(run, 7, signal.SIGTERM, *arguments)
+    assert code == 75, said
     code, said = status(run)
     assert code == 4, said
     assert "stopped by SIGTERM" in said
     assert "step-" in said
 
-    pretrain(run, *long_enough_to_be_asked)
+    pretrain(run, *arguments)
     code, said = status(run, "--watch")
     assert code == 3, said
     assert "4 of 4 finished" in said
