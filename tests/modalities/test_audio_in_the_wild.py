@@ -57,7 +57,7 @@ def test_planar_sound_of_eight_channels_and_more_is_their_mean(channels: int, co
         "import sys, numpy; from bridle.modalities.audio_decode import decode, Limits;"
         "sys.stdout.buffer.write(numpy.concatenate(list(decode(sys.stdin.buffer.read(), Limits()))).tobytes())"
     )
-    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-500:]
     found = np.frombuffer(done.stdout, np.float32)
     assert len(found) >= 1.99 * RATE

@@ -55,7 +55,7 @@ def test_a_model_is_published_fetched_and_pinned(hub: Hub, models: dict[str, Pat
     other = write_model(tmp_path / "other", "audio", seed=1)
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_test"}
     command = [sys.executable, "-c", SCRIPT, str(models["audio"]), str(other), str(sound)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     one, two = bridle.load(models["audio"]), bridle.load(other)
@@ -74,7 +74,7 @@ def test_shards_on_the_hub_are_found_and_indexed(hub: Hub, sounds: list[Path], t
     command = [sys.executable, "-m", "bridle.cli", "shards", "index", "--cache", str(tmp_path / "cache")]
     for pattern, code in (("hf://someone/shards/train/*.tar", 0), ("hf://someone/shards/train/none.tar", 2)):
         done = subprocess.run(
-            [*command, pattern], env=environment, capture_output=True, text=True, timeout=240, check=False
+            [*command, pattern], env=environment, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == code, done.stderr
         found = [line.partition(" bytes")[0] for line in done.stdout.splitlines()]
