@@ -19,6 +19,7 @@ import pytest
 from running_service import Server
 
 NPZ = "application/x-npz"
+HELD = ("bridle_serve_queued", "bridle_serve_upload_bytes")
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +28,10 @@ def stays_well(server: Server) -> Iterator[None]:
     yield
     assert httpx.get(server.url + "/readyz", timeout=30).status_code == 200
     assert [line for line in server.lines() if line["level"] == "error"] == []
-    end = time.monotonic() + 10
-    while server.metric("bridle_serve_queued") and time.monotonic() < end:
+    end = time.monotonic() + 60
+    while any(map(server.metric, HELD)) and time.monotonic() < end:
         time.sleep(0.05)
-    assert server.metric("bridle_serve_queued") == 0
-    assert server.metric("bridle_serve_upload_bytes") == 0
+    assert [server.metric(name) for name in HELD] == [0, 0]
 
 
 def check_problem(answer: httpx.Response, status: int, kind: str) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def test_multipart_floods_and_damage_are_refused(client: httpx.Client, sounds: l
     for (body, headers), status, kind in cases:
         began = time.monotonic()
         check_problem(client.post("/tokenize", content=body, headers=headers), status, kind)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
 
 
 def test_bodies_over_the_limit_are_refused_whether_announced_or_not(client: httpx.Client) -> None:
@@ -158,7 +158,7 @@ def test_bodies_over_the_limit_are_refused_whether_announced_or_not(client: http
     check_problem(client.post("/tokenize", content=chunks()), 413, "too-large")
 
 
-def raw(server: Server, *pieces: bytes, pause: float = 0.0, patience: float = 20.0) -> bytes:
+def raw(server: Server, *pieces: bytes, pause: float = 0.0, patience: float = 60.0) -> bytes:
     """Sends bytes as they are, then reads until the service closes or `patience` is over."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=patience) as sock:

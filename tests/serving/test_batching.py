@@ -43,7 +43,7 @@ class Bench:
 
 def in_loop(test: Callable[[], Coroutine[None, None, None]]) -> Callable[[], None]:
     def run() -> None:
-        asyncio.run(asyncio.wait_for(test(), 20))
+        asyncio.run(asyncio.wait_for(test(), 200))
 
     run.__name__ = test.__name__
     return run
@@ -113,9 +113,9 @@ async def test_only_windows_of_one_operation_fill_a_batch() -> None:
 
 @in_loop
 async def test_the_window_that_came_first_decides_what_runs_and_when() -> None:
-    bench = Bench(max_wait=5.0)
+    bench = Bench(max_wait=50.0)
     bench.decoding = 1
-    old = bench.put("codes", arrived=time.monotonic() - 6.0)
+    old = bench.put("codes", arrived=time.monotonic() - 60.0)
     new, other = bench.put("codes"), bench.put("embed")
     assert await bench.batcher.next_batch() == [old, new]
     waiting = asyncio.create_task(bench.batcher.next_batch())
@@ -133,7 +133,7 @@ async def test_what_waits_is_measured() -> None:
     late = bench.put(seconds=-1.0)
     await asyncio.sleep(0.05)
     assert await bench.batcher.next_batch() == [first, second]
-    assert 0.04 < first.queue_seconds < 5
+    assert 0.04 < first.queue_seconds < 50
     assert late.future.done() and not third.future.done()
     assert bench.sample("queue_seconds_count") == 2
     assert bench.sample("queue_seconds_sum") == pytest.approx(first.queue_seconds + second.queue_seconds)

@@ -58,6 +58,6 @@ def test_the_demo_serves_a_model(audio_folder: Path) -> None:
     commands = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as with the environment active
     environment = {**os.environ, "ONCE": "1", "PORT": "18765", "PATH": commands}
     command = ["bash", str(ROOT / "examples/serve_demo.sh"), str(audio_folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert '{"clips":[{"model":"audio-test"' in done.stdout

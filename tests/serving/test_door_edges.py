@@ -106,7 +106,7 @@ def test_who_hangs_up_is_gone_and_who_is_late_is_told() -> None:
         Silent().files(seconds=0.1, body_idle_timeout=50)
     with told("slow-request", "no byte of the body for 0.2 s"):
         Silent().files(seconds=50, body_idle_timeout=0.2)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 40
 
 
 @pytest.mark.parametrize("name, box", [("gzip", 31), ("x-gzip", 31), ("deflate", 15), ("GZIP ", 31)])

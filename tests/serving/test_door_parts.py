@@ -150,16 +150,30 @@ def test_npz_of_other_things_is_refused() -> None:
 # Bodies.
 
 
+class Clock:
+    """Stands for `time` where a rate counts, and none passes but what a test says."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 def uploads(pieces: list[bytes], pause: float = 0.0, **options: Any) -> tuple[list[bytes], Admission]:
     """What arrives of a body that comes in pieces, and the books afterwards."""
     headers: dict[str, str] = options.pop("headers", {})
+    clock: Clock | None = options.pop("clock", None)
     settings = ServeSettings(models=("x",), **options)
     metrics = Metrics()
     admission = Admission(settings, metrics)
     left = list(pieces)
 
     async def receive() -> dict[str, Any]:
-        await asyncio.sleep(pause)
+        if clock is not None:
+            clock.now += pause
+        else:
+            await asyncio.sleep(pause)
         return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
 
     pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
@@ -220,7 +234,9 @@ def test_parts_are_files_called_so_and_counted() -> None:
 def test_a_body_that_pauses_or_dawdles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with refused("slow-request"):
         uploads([b"a", b"b"], pause=0.3, body_idle_timeout=0.1)
+    clock = Clock()
+    monkeypatch.setattr("serving.web.uploads.time", clock)
     monkeypatch.setattr("serving.web.uploads.PATIENCE", 0.1)
     with refused("slow-request"):
-        uploads([b"a"] * 10, pause=0.05, min_receive_rate=1000)
-    assert uploads([b"a" * 200] * 4, pause=0.05, min_receive_rate=1000)[0] == [b"a" * 800]
+        uploads([b"a"] * 10, pause=0.05, min_receive_rate=1000, clock=clock)
+    assert uploads([b"a" * 200] * 4, pause=0.05, min_receive_rate=1000, clock=clock)[0] == [b"a" * 800]

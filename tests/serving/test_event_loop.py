@@ -15,6 +15,8 @@ from running_service import Server, serving
 
 LONGEST = 0.020
 """Seconds of CPU that a callback may take the loop's thread: 10 ms of a quiet machine, where others use the caches."""
+TRIES = 3
+"""A callback that keeps the loop keeps it each time; a page fault or a guest that waits for its host comes once."""
 JSON, NPZ, ARROW = "application/json", "application/x-npz", "application/vnd.apache.arrow.stream"
 FORM = "multipart/form-data; boundary=b"
 
@@ -156,9 +158,12 @@ def minutes(count: int) -> bytes:
 @pytest.mark.parametrize("name", ATTACKS)
 def test_no_callback_keeps_the_loop(watched: Server, sounds: list[bytes], pictures: list[bytes], name: str) -> None:
     path, body, headers, status = ATTACKS[name](sounds, pictures)
-    seen = watched.out.stat().st_size
-    answer = httpx.post(watched.url + path, content=body, headers=headers, timeout=120)
-    lines = watched.out.read_bytes()[seen:].decode().splitlines()
-    print(name, len(body), max(lines, default="nothing told"))
-    assert answer.status_code == status, answer.text[:300]
-    assert not [line for line in lines if float(line.split()[0]) > LONGEST]
+    for _ in range(TRIES):
+        seen = watched.out.stat().st_size
+        answer = httpx.post(watched.url + path, content=body, headers=headers, timeout=120)
+        lines = watched.out.read_bytes()[seen:].decode().splitlines()
+        print(name, len(body), max(lines, default="nothing told"))
+        assert answer.status_code == status, answer.text[:300]
+        if not (kept := [line for line in lines if float(line.split()[0]) > LONGEST]):
+            break
+    assert not kept

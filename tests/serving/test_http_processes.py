@@ -35,7 +35,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, audio_folder: Path) -> Iterato
         yield running
 
 
-def eventually(what: str, check: object, patience: float = 60.0) -> None:
+def eventually(what: str, check: object, patience: float = 300.0) -> None:
     end = time.monotonic() + patience
     while not check():  # type: ignore[operator]
         assert time.monotonic() < end, f"not within {patience} s: {what}"
@@ -74,10 +74,12 @@ def test_both_take_connections_and_metrics_are_of_both(two: Server, sounds: list
     assert sum(grown) == pytest.approx(CONNECTIONS, abs=3)
     for _ in range(6):  # whichever process is asked
         assert two.metric("bridle_serve_clips_total") == done + CONNECTIONS
-    text = httpx.get(two.url + "/metrics").text
+    text = httpx.get(two.url + "/metrics", timeout=60).text
     assert text.count("\nbridle_serve_ready ") == 1
     assert two.metric("bridle_serve_ready") == two.metric("bridle_serve_model_info") == 1
-    assert len(httpx.get(two.url + "/info").json()["models"][0]["device"]) == len(two.children("model")) == 2
+    assert (
+        len(httpx.get(two.url + "/info", timeout=60).json()["models"][0]["device"]) == len(two.children("model")) == 2
+    )
 
 
 def test_the_queue_and_its_shares_are_those_of_both(two: Server, sounds: list[bytes]) -> None:
@@ -129,12 +131,12 @@ def test_one_that_dies_is_replaced_while_the_other_serves(two: Server, sounds: l
     assert other in two.http_processes()
     assert two.metric("bridle_serve_clips_total") >= served
     assert post(two, sounds[0], 16).status_code == 200  # what it held is given back
-    assert httpx.get(two.url + "/readyz").status_code == 200
+    assert httpx.get(two.url + "/readyz", timeout=60).status_code == 200
 
 
 @pytest.mark.slow
 def test_sigterm_drains_both_and_leaves_nobody_behind(tmp_path: Path, audio_folder: Path, sounds: list[bytes]) -> None:
-    with serving(tmp_path, audio_folder, http_processes=2, device="cpu", lame_duck_seconds=2) as server:
+    with serving(tmp_path, audio_folder, http_processes=2, device="cpu", lame_duck_seconds=12) as server:
         pids = [*server.http_processes(), *server.children("model"), *server.children("decode")]
         assert len(pids) >= 6
         statuses: Counter[int] = Counter()
@@ -147,12 +149,12 @@ def test_sigterm_drains_both_and_leaves_nobody_behind(tmp_path: Path, audio_fold
         with ThreadPoolExecutor(2) as pool:
             asking = [pool.submit(ask) for _ in range(2)]
             server.process.send_signal(signal.SIGTERM)
-            eventually("readiness fails", lambda: httpx.get(server.url + "/readyz").status_code == 503)
+            eventually("readiness fails", lambda: httpx.get(server.url + "/readyz", timeout=60).status_code == 503)
             time.sleep(0.5)
             stop.set()
             assert [one.result() for one in asking] == [None, None]
         assert set(statuses) == {200}
-        assert server.process.wait(30) == 0
+        assert server.process.wait(300) == 0
         eventually("all processes end", lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
@@ -170,7 +172,7 @@ def test_a_taken_port_and_a_wrong_folder_are_told_once(two: Server, tmp_path: Pa
 
     def told(folder: Path, port: str) -> str:
         command = [sys.executable, "-m", "bridle.cli", "serve", str(folder), "--http-processes=2", f"--port={port}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode in (1, 2)
         assert "Traceback" not in done.stderr
         return done.stderr

@@ -37,7 +37,7 @@ def own(tmp_path_factory: pytest.TempPathFactory, audio_folder: Path) -> Iterato
     shutil.copytree(audio_folder, folder)
     with serving(
         tmp_path, folder,
-        device="cpu,cpu", threads=0, model_seconds=5, max_queue=16, header_timeout=2, body_idle_timeout=2,
+        device="cpu,cpu", threads=0, model_seconds=15, max_queue=16, header_timeout=6, body_idle_timeout=6,
     ) as running:  # fmt: skip
         yield running
 
@@ -69,7 +69,7 @@ def load(server: Server, contents: list[bytes], clients: int = 4) -> Iterator[Co
             thread.join()
 
 
-def eventually(what: str, check: object, patience: float = 60.0) -> None:
+def eventually(what: str, check: object, patience: float = 300.0) -> None:
     end = time.monotonic() + patience
     while not check():  # type: ignore[operator]
         assert time.monotonic() < end, f"not within {patience} s: {what}"
@@ -117,7 +117,7 @@ def test_a_model_process_that_hangs_leaves_the_other_at_work_and_is_replaced(own
     os.kill(stuck, signal.SIGSTOP)
     statuses: Counter[int] = Counter()
     while stuck in own.children("model"):
-        answer = httpx.post(own.url + "/tokenize", content=sounds[0], headers={"X-Request-Timeout": "3"}, timeout=60)
+        answer = httpx.post(own.url + "/tokenize", content=sounds[0], headers={"X-Request-Timeout": "8"}, timeout=60)
         statuses[answer.status_code] += 1
     assert set(statuses) == {200, 504}
     assert statuses[504] == 1
@@ -127,30 +127,32 @@ def test_a_model_process_that_hangs_leaves_the_other_at_work_and_is_replaced(own
 
 def test_reload_under_load_fails_no_request_and_takes_the_new_weights(own: Server, sounds: list[bytes]) -> None:
     folder = own.models[0]
-    before = httpx.get(own.url + "/info").json()["models"][0]["sha256"]
+    before = httpx.get(own.url + "/info", timeout=60).json()["models"][0]["sha256"]
     with load(own, sounds) as statuses:
         eventually("requests are answered", lambda: statuses[200] > 5)
         assert httpx.post(own.url + "/v1/models/reload", timeout=120).status_code == 200
         write_model(folder, seed=1, name="audio-test")
         own.process.send_signal(signal.SIGHUP)
-        eventually("the new weights", lambda: httpx.get(own.url + "/info").json()["models"][0]["sha256"] != before)
+        eventually(
+            "the new weights", lambda: httpx.get(own.url + "/info", timeout=60).json()["models"][0]["sha256"] != before
+        )
         enough = statuses[200] + 5
         eventually("requests are answered", lambda: statuses[200] > enough)
     assert set(statuses) == {200}
-    codes = httpx.post(own.url + "/tokenize", content=sounds[0]).json()["clips"][0]["codes"]
+    codes = httpx.post(own.url + "/tokenize", content=sounds[0], timeout=60).json()["clips"][0]["codes"]
     assert codes == bridle.load(folder).tokenize(sounds[0]).codes.T.tolist()
     eventually("the old processes end", lambda: len(own.children("model")) == len(own.children("decode")) == 2)
     (folder / "model.safetensors").write_bytes(b"damaged")
     answer = httpx.post(own.url + "/v1/models/reload", timeout=120)
     assert (answer.status_code, answer.json()["type"]) == (409, "urn:bridle:problem:reload-failed")
-    assert httpx.post(own.url + "/tokenize", content=sounds[0]).json()["clips"][0]["codes"] == codes
+    assert httpx.post(own.url + "/tokenize", content=sounds[0], timeout=60).json()["clips"][0]["codes"] == codes
     write_model(folder, seed=1, name="audio-test")
 
 
 def test_sigterm_fails_readiness_then_drains_and_leaves_nobody_behind(
     tmp_path: Path, audio_folder: Path, sounds: list[bytes]
 ) -> None:
-    with serving(tmp_path, audio_folder, lame_duck_seconds=2) as server:
+    with serving(tmp_path, audio_folder, lame_duck_seconds=12) as server:
         children = server.children("decode") + server.children("model")
         with httpx.Client(base_url=server.url, timeout=60) as client:
             server.process.send_signal(signal.SIGTERM)
@@ -159,7 +161,7 @@ def test_sigterm_fails_readiness_then_drains_and_leaves_nobody_behind(
             assert answer.json()["type"] == "urn:bridle:problem:unavailable"
             assert client.get("/livez").status_code == 200
             assert client.post("/tokenize", content=sounds[0]).status_code == 200
-        assert server.process.wait(30) == 0
+        assert server.process.wait(300) == 0
         eventually("all processes end", lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
 
 
@@ -173,25 +175,38 @@ def test_slow_and_silent_connections_stop_nobody(own: Server, sounds: list[bytes
         for sock in slow[4:]:
             sock.sendall(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\nRIFF")
         for _ in range(5):
-            assert httpx.post(own.url + "/tokenize", content=sounds[0], timeout=10).status_code == 200
+            assert httpx.post(own.url + "/tokenize", content=sounds[0], timeout=60).status_code == 200
         for sock in slow:
-            sock.settimeout(20)
+            sock.settimeout(60)
             assert sock.recv(1000).startswith(b"HTTP/1.1 408")
         for sock in idle[::100]:
-            sock.settimeout(20)
+            sock.settimeout(60)
             assert sock.recv(1000) == b""
     assert own.metric("bridle_serve_queued") == 0
 
 
 def test_a_full_queue_answers_429_with_retry_after(own: Server, sounds: list[bytes]) -> None:
     async def burst() -> list[httpx.Response]:
-        limits = httpx.Limits(max_connections=80)
-        async with httpx.AsyncClient(base_url=own.url, timeout=60, limits=limits) as client:
-            return list(await asyncio.gather(*(client.post("/tokenize", content=sounds[0]) for _ in range(80))))
+        """80 at once while no model works: it goes on when those are answered that found no place."""
+        pids = own.children("model")
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        answers, limits = [], httpx.Limits(max_connections=80)
+        try:
+            async with httpx.AsyncClient(base_url=own.url, timeout=60, limits=limits) as client:
+                for one in asyncio.as_completed([client.post("/tokenize", content=sounds[0]) for _ in range(80)]):
+                    answers.append(await one)
+                    if len(answers) == 64:
+                        for pid in pids:
+                            os.kill(pid, signal.SIGCONT)
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        return answers
 
     answers = asyncio.run(burst())
     busy = [answer for answer in answers if answer.status_code == 429]
-    assert {answer.status_code for answer in answers} == {200, 429}
+    assert Counter(answer.status_code for answer in answers) == {200: 16, 429: 64}
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in busy)
     assert busy[0].json()["type"] == "urn:bridle:problem:busy"
     files = [("file", sounds[0])] * 17
@@ -206,15 +221,15 @@ def test_work_of_gone_clients_and_past_deadlines_is_dropped(own: Server, sounds:
     try:
         for _ in range(10):  # two may be inside the model; the others wait in the queue
             with pytest.raises(httpx.ReadTimeout):
-                httpx.post(own.url + "/tokenize", content=long, timeout=0.3)
-        answer = httpx.post(own.url + "/tokenize", content=long, headers={"X-Request-Timeout": "0.5"}, timeout=30)
+                httpx.post(own.url + "/tokenize", content=long, timeout=httpx.Timeout(60, read=0.3))
+        answer = httpx.post(own.url + "/tokenize", content=long, headers={"X-Request-Timeout": "0.5"}, timeout=60)
         assert answer.status_code == 504
         assert answer.json()["type"] == "urn:bridle:problem:deadline"
         eventually("the queue is empty", lambda: own.metric("bridle_serve_queued") == 0)
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
-    assert httpx.post(own.url + "/tokenize", content=long, timeout=30).status_code == 200
+    assert httpx.post(own.url + "/tokenize", content=long, timeout=60).status_code == 200
     assert own.metric("bridle_serve_dropped_total") >= dropped + 8
 
 
@@ -238,11 +253,11 @@ def test_keys_and_scopes_open_what_they_should(tmp_path: Path, audio_folder: Pat
         assert [status("/metrics", key) for key in (use, watch, admin)] == [403, 200, 403]
         assert [status("/info", key) for key in (use, watch, admin)] == [200, 403, 200]
         assert [status("/v1/models/reload", key, "POST") for key in (use, watch)] == [403, 403]
-        assert httpx.get(server.url + "/info", auth=("any", use)).status_code == 200
-        assert httpx.get(server.url + "/info", headers={"X-API-Key": use}).status_code == 200
+        assert httpx.get(server.url + "/info", auth=("any", use), timeout=60).status_code == 200
+        assert httpx.get(server.url + "/info", headers={"X-API-Key": use}, timeout=60).status_code == 200
         fresh, fresh_line = new_key("fresh")
         file.write_text(fresh_line + "\n")
-        time.sleep(1.2)
+        time.sleep(1.2)  # it looks with the first request after a second
         assert (status("/info", fresh), status("/info", use)) == (200, 401)
         file.write_text("damaged\n")
         time.sleep(1.2)
@@ -265,7 +280,7 @@ def test_keys_and_scopes_open_what_they_should(tmp_path: Path, audio_folder: Pat
 )
 def test_settings_that_cannot_be_honoured_refuse_to_start(audio_folder: Path, flags: list[str], told: str) -> None:
     command = [sys.executable, "-m", "bridle.cli", "serve", str(audio_folder), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode in (1, 2)
     assert told in done.stderr
     assert "Traceback" not in done.stderr

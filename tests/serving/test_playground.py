@@ -63,19 +63,19 @@ def status_of(browser: webdriver.Chrome) -> str:
 
 
 def wait(browser: webdriver.Chrome, words: str) -> None:
-    WebDriverWait(browser, 60).until(lambda b: words in status_of(b), f"the status stayed {status_of(browser)!r}")
+    WebDriverWait(browser, 120).until(lambda b: words in status_of(b), f"the status stayed {status_of(browser)!r}")
 
 
 def told_in(browser: webdriver.Chrome, name: str, words: str) -> str:
     """What an element says, once it says `words`."""
     element = browser.find_element(By.ID, name)
-    WebDriverWait(browser, 30).until(lambda _: words in element.text)
+    WebDriverWait(browser, 120).until(lambda _: words in element.text)
     return element.text
 
 
 def tokenize(browser: webdriver.Chrome, server: Server, path: Path) -> None:
     browser.get(server.url + "/")
-    WebDriverWait(browser, 30).until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#model option")) == 4)
+    WebDriverWait(browser, 120).until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#model option")) == 4)
     browser.find_element(By.ID, "file").send_keys(str(path))
     wait(browser, "Done")
 
@@ -199,10 +199,10 @@ def test_sound_plays_with_the_cursor_and_two_files_are_compared(
     assert player.is_displayed()
     browser.execute_script("arguments[0].muted = true; return arguments[0].play()", player)
     scrub = browser.find_element(By.ID, "scrub")
-    WebDriverWait(browser, 30).until(lambda _: int(scrub.get_property("value")) > 0)  # type: ignore[arg-type]
+    WebDriverWait(browser, 120).until(lambda _: int(scrub.get_property("value")) > 0)  # type: ignore[arg-type]
     browser.find_element(By.ID, "other").send_keys(str(tmp_path / "first.flac"))
     common = browser.find_element(By.ID, "common")
-    WebDriverWait(browser, 30).until(lambda _: "first.flac" in common.text)
+    WebDriverWait(browser, 120).until(lambda _: "first.flac" in common.text)
     assert common.text.count("100 %") == 4
     pixels = "const c = arguments[0]; return c.toDataURL()"
     layers = browser.find_elements(By.CSS_SELECTOR, "#layers .layer")
@@ -210,7 +210,7 @@ def test_sound_plays_with_the_cursor_and_two_files_are_compared(
         own, beside = layer.find_elements(By.TAG_NAME, "canvas")
         assert browser.execute_script(pixels, own) == browser.execute_script(pixels, beside)
     browser.find_element(By.ID, "other").send_keys(str(tmp_path / "second.flac"))
-    WebDriverWait(browser, 30).until(lambda _: "second.flac" in common.text)
+    WebDriverWait(browser, 120).until(lambda _: "second.flac" in common.text)
     assert len(browser.find_elements(By.CLASS_NAME, "beside")) == len(layers) == 4
     label = browser.find_element(By.CSS_SELECTOR, ".beside canvas").get_attribute("aria-label")
     assert str(label).startswith("Codebook 1 of second.flac: ")
@@ -239,7 +239,7 @@ def test_a_dropped_file_is_tokenized(
     browser: webdriver.Chrome, all_three: Server, folders: dict[str, Path], pictures: list[bytes]
 ) -> None:
     browser.get(all_three.url + "/")
-    WebDriverWait(browser, 30).until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#model option")) == 4)
+    WebDriverWait(browser, 120).until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#model option")) == 4)
     browser.execute_script(DROP, browser.find_element(By.ID, "drop"), base64.b64encode(pictures[0]).decode())
     wait(browser, "Done")
     browser.find_element(By.CSS_SELECTOR, "[data-copy=codes]").click()
@@ -250,10 +250,10 @@ def test_a_dropped_file_is_tokenized(
 
 def test_a_recording_is_tokenized(browser: webdriver.Chrome, all_three: Server) -> None:
     browser.get(all_three.url + "/")
-    WebDriverWait(browser, 30).until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#model option")) == 4)
+    WebDriverWait(browser, 120).until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#model option")) == 4)
     button = browser.find_element(By.ID, "record")
     button.click()
-    WebDriverWait(browser, 30).until(lambda _: button.text == "Stop recording")
+    WebDriverWait(browser, 120).until(lambda _: button.text == "Stop recording")
     time.sleep(1.5)
     button.click()
     wait(browser, "Done")
@@ -264,6 +264,6 @@ def test_a_recording_is_tokenized(browser: webdriver.Chrome, all_three: Server) 
 
 def test_the_api_page_lists_every_route(browser: webdriver.Chrome, all_three: Server) -> None:
     browser.get(all_three.url + "/docs")
-    WebDriverWait(browser, 30).until(lambda b: b.find_elements(By.CLASS_NAME, "operation"))
+    WebDriverWait(browser, 120).until(lambda b: b.find_elements(By.CLASS_NAME, "operation"))
     titles = [title.text for title in browser.find_elements(By.CSS_SELECTOR, ".operation h2")]
     assert {"POST /tokenize", "POST /encode", "POST /dequantize", "GET /info"} <= set(titles)

@@ -21,7 +21,7 @@ from launching import command as pretrain_command
 from running_service import Server, serving
 
 MONITORING = ROOT / "k8s" / "monitoring"
-PATIENCE = 60.0
+PATIENCE = 300.0
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(

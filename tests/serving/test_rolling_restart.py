@@ -65,7 +65,7 @@ class Balancer:
                 time.sleep(THINK_SECONDS)
 
     def wait_until_served_by(self, url: str, more: int = 10) -> None:
-        wanted, end = self.served[url] + more, time.monotonic() + 60
+        wanted, end = self.served[url] + more, time.monotonic() + 300
         while self.served[url] < wanted:
             assert time.monotonic() < end, f"{url} serves nothing; statuses {self.statuses}"
             time.sleep(0.05)
@@ -73,7 +73,7 @@ class Balancer:
 
 def _is_ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/readyz", timeout=10).status_code == 200
+        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
     except httpx.TransportError:
         return False
 
@@ -85,14 +85,14 @@ def test_a_rolling_restart_under_load_fails_no_request(tmp_path: Path, audio_fol
         def start(name: str) -> Server:
             folder = tmp_path / name
             folder.mkdir()
-            return stack.enter_context(serving(folder, audio_folder, lame_duck_seconds=2))
+            return stack.enter_context(serving(folder, audio_folder, lame_duck_seconds=12))
 
         instances = {server.url: server for server in (start("first"), start("second"))}
         with Balancer(instances, sounds) as balancer:
             for number, old in enumerate(list(instances)):
                 balancer.wait_until_served_by(old)
                 instances[old].process.send_signal(signal.SIGTERM)
-                assert instances[old].process.wait(60) == 0
+                assert instances[old].process.wait(300) == 0
                 del instances[old]
                 new = start(f"again-{number}")
                 instances[new.url] = new

@@ -51,7 +51,7 @@ def test_codes_equal_the_librarys_for_a_raw_body_and_many_parts(
 def test_codes_in_bfloat16_equal_the_librarys(tmp_path: Path, audio_folder: Path, sounds: list[bytes]) -> None:
     model = bridle.load(audio_folder, dtype="bfloat16")
     with serving(tmp_path, audio_folder, dtype="bfloat16") as server:
-        assert httpx.get(server.url + "/v1/models").json()["data"][0]["dtype"] == "bfloat16"
+        assert httpx.get(server.url + "/v1/models", timeout=60).json()["data"][0]["dtype"] == "bfloat16"
         for sound in sounds[:4]:
             (clip,) = httpx.post(server.url + "/tokenize", content=sound, timeout=60).json()["clips"]
             assert clip["codes"] == model.tokenize(sound).codes.T.tolist()
