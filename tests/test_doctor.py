@@ -18,7 +18,7 @@ from bridle import diagnostics
 def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bridle.cli", "doctor", *arguments]
     environment = dict(os.environ) | environment
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_a_machine_that_can_run_the_tests_can_pretrain(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def run(words: list[str], **environment: str) -> subprocess.CompletedProcess[str
     named = {"XDG_CACHE_HOME", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"}  # torch sets the last, in this very process
     kept = {name: value for name, value in os.environ.items() if name not in named}
     return subprocess.run(
-        words, env=kept | environment, cwd="/", capture_output=True, text=True, timeout=120, check=False
+        words, env=kept | environment, cwd="/", capture_output=True, text=True, timeout=300, check=False
     )
 
 

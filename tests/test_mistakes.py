@@ -17,7 +17,7 @@ from bridle.settings import RecipeError
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "bridle.cli", *arguments],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
 

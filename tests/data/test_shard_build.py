@@ -169,7 +169,7 @@ def run_limited(root: Path, out: Path, limit: int) -> subprocess.CompletedProces
     code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
     code += "from bridle.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "shards", "build", "--kind", "folder", str(root), str(out)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_torn_file(tree: Tree, tmp_path: Path) -> None:

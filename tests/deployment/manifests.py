@@ -35,7 +35,7 @@ def kustomizations() -> list[str]:
 def rendered_text(folder: str) -> str:
     """What `kubectl apply -k` would send."""
     done = subprocess.run(
-        [KUBECTL or "kubectl", "kustomize", folder], cwd=K8S, capture_output=True, text=True, timeout=120, check=False
+        [KUBECTL or "kubectl", "kustomize", folder], cwd=K8S, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr  # deprecations

@@ -54,7 +54,7 @@ def run_pod(folder: str, name: str, changes: dict[str, str], tmp_path: Path, bef
         command = ["unshare", "--mount", "sh", "-ec", f'{before}\nexec "$@"', "sh", *command]
     environment["PATH"] = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     done = subprocess.run(
-        command, env=environment, cwd=tmp_path, text=True, timeout=180, check=False,
+        command, env=environment, cwd=tmp_path, text=True, timeout=300, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     return done.returncode, done.stdout

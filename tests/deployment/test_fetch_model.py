@@ -55,7 +55,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> str:
 def fetch(s3: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bridle.cli", "fetch-model", *map(str, arguments)]
     environment = {**os.environ, "AWS_EC2_METADATA_DISABLED": "true", **s3}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_the_folder_is_fetched_checked_and_not_fetched_again(s3: dict[str, str], wanted: str, tmp_path: Path) -> None:

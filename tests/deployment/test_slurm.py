@@ -44,6 +44,6 @@ def test_a_run_that_slurm_warns_saves_and_goes_back_into_the_queue(tmp_path: Pat
         assert job.poll() is None and time.monotonic() < end, log.read_text()
         time.sleep(0.1)
     os.kill(int((tmp_path / "task").read_text()), signal.SIGUSR1)
-    assert job.wait(120) == 75, log.read_text()
+    assert job.wait(300) == 75, log.read_text()
     assert (tmp_path / "requeued").read_text() == f"{os.getpid()}\n"
     assert list(run.glob("checkpoints/phase-1-encoder/step-*/state.json"))

@@ -15,15 +15,16 @@ import boto3
 import pytest
 import yaml
 from filelock import FileLock
-from launching import ROOT, TINY, pretrain, rows
+from launching import ROOT, pretrain, rows
 from manifests import K8S, KUBECTL, find, needs_kubectl, pods_of
 from nodes import ADDRESSES, NAMES, Cluster, Pod, in_node, names_of, two_nodes
 
-pytestmark = [needs_kubectl, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [needs_kubectl, pytest.mark.slow, pytest.mark.timeout(1500)]
 SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 PORT = 9000
+RECIPE = Path(__file__).with_name("two_nodes.yaml")
 SETTINGS = {
-    "RECIPE": str(TINY),
+    "RECIPE": str(RECIPE),
     "DEEPSPEED_CONFIG": "builtin:zero2",
     "DATA": "s3://bridle/shards/train-*.tar",
     "HELDOUT": "s3://bridle/shards/heldout-*.tar",
@@ -95,21 +96,21 @@ def test_two_nodes_without_a_shared_disk_train_as_one_and_go_on_after_pods_are_d
     wait_for(lambda: "waiting for node 0, bridle-train-0.bridle-train" in second.log.read_text(), cluster)
     names_of(1, NAMES)  # as when pod 0 is scheduled later
     first = cluster.start(0)
-    wait_for(lambda: "[1 encoder] step 4/10" in first.log.read_text(), cluster)
+    wait_for(lambda: "[1 encoder] step 4/40" in first.log.read_text(), cluster)
     assert second.delete() == 75, cluster.logs()
-    assert first.process.wait(120) == 75, cluster.logs()
+    assert first.process.wait(300) == 75, cluster.logs()
 
     third = [cluster.start(0), cluster.start(1)]  # on empty volumes
     wait_for(lambda: "[2 tokenizer] step 4/" in third[0].log.read_text(), cluster)
     assert re.search(r"\[1 encoder\].* from step [1-9]", third[0].log.read_text()), cluster.logs()
     assert third[1].delete(grace=0.0) not in (0, 75), cluster.logs()  # no time to save anything
-    assert third[0].process.wait(120) == 75, cluster.logs()
+    assert third[0].process.wait(300) == 75, cluster.logs()
 
     again = [cluster.start(0), cluster.start(1)]
     assert [pod.process.wait(300) for pod in again] == [0, 0], cluster.logs()
     assert "[1 encoder]" not in again[0].log.read_text(), cluster.logs()  # what was finished is not done again
 
-    pretrain(tmp_path / "one", ranks=4)
+    pretrain(tmp_path / "one", "--recipe", str(RECIPE), ranks=4)
     fetched = tmp_path / "fetched"
     fetched.mkdir()
     bucket.download_file("runs/tiny/metrics.jsonl", str(fetched / "metrics.jsonl"))

@@ -85,7 +85,7 @@ def test_every_documented_line_of_another_program_is_one_that_it_takes(page: str
     dry = dry_run(words)
     if dry is None:
         return  # a script of ours, compose (see test_images.py), a tool that is not here: its files are there
-    done = subprocess.run(dry, cwd=where, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(dry, cwd=where, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-1000:]
 
 
