@@ -33,7 +33,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, audio_folder: Path, image_fo
     with serving(
         tmp_path_factory.mktemp("fair"), audio_folder, image_folder,
         max_queue=16, max_queue_bytes=64_000_000, max_connections=48, max_clips=16, decode_cpu_seconds=1,
-        body_idle_timeout=4, header_timeout=30, min_send_rate=20_000_000, min_receive_rate=10_000,
+        body_idle_timeout=10, header_timeout=30, min_send_rate=20_000_000, min_receive_rate=10_000,
     ) as running:  # fmt: skip
         yield running
 
@@ -59,7 +59,7 @@ def ask(server: Server, content: bytes, address: str = "127.0.0.1", **headers: s
 
 def connect(server: Server) -> socket.socket:
     host, port = server.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=30)
+    return socket.create_connection((host, int(port)), timeout=120)
 
 
 def eventually(what: str, check: object, patience: float = 300.0) -> None:
