@@ -7,6 +7,7 @@ while the model is busy, windows gather by themselves. All windows of a model ha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -114,11 +115,9 @@ class Batcher:
             else:
                 patience = None
             self._changed.clear()
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(patience):
                     await self._changed.wait()
-            except TimeoutError:
-                continue
 
     def finish(self, entry: QueueEntry, result: Array | BaseException) -> None:
         """Answers an entry that was taken, and gives its slot back."""

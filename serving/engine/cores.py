@@ -41,10 +41,10 @@ class SharedCores:
         return list(dict.fromkeys((self._alone, self._crowded)))
 
     def learn(self, seconds: Mapping[int, float]) -> None:
-        """Leaves threads alone that win little. seconds: what a clip by itself took, by number of threads."""
+        """Leaves threads alone that win little. seconds: what a clip by itself took with each of
+        `counts`."""
         best = min(seconds.values())
-        worth = min(count for count, took in seconds.items() if took <= WORTH * best)
-        self._alone = min(self._alone, max(worth, self._crowded))
+        self._alone = min(count for count, took in seconds.items() if took <= WORTH * best)
 
     def take(self, more: bool) -> int:
         """Threads for a batch that begins now. `more`: others wait or are being decoded."""

@@ -47,7 +47,7 @@ class Turns(Generic[W]):
         try:
             return await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
+            if not future.cancelled():  # it was given one and leaves at this moment
                 self.free(future.result(), count)
             raise
 

@@ -106,7 +106,6 @@ async def whole(
     places: list[Place] = []
     values: list[Array] = []
     numbers = 0
-    deployment = candidates[0]
     async with contextlib.aclosing(windows_of(candidates, operation, data, deadline, timings)) as results:
         async for result in results:
             deployment = result.deployment
@@ -137,8 +136,8 @@ async def classified(
     Raises:
         as `windows_of`.
     """
-    total: Array = np.zeros(1)
-    weight, seconds, deployment = 0, None, candidates[0]
+    total: Array = np.zeros(())
+    weight, seconds = 0, None
     async with contextlib.aclosing(windows_of(candidates, "classify", data, deadline, timings)) as results:
         async for result in results:
             deployment = result.deployment

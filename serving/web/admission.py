@@ -49,7 +49,7 @@ class Admission:
         """Seconds until a place is likely to be free: places taken over the rate of the last answers, 1 to 60."""
         if len(self._finished) < 2:
             return 1.0
-        span = max(time.monotonic() - self._finished[0], 1e-3)
+        span = time.monotonic() - self._finished[0]
         return min(60.0, max(1.0, 0.5 * self._files.total() * span / len(self._finished)))
 
     def check(self, client: str, files: int, size: int) -> None:
@@ -86,7 +86,7 @@ class Admission:
         now = time.monotonic()
         self._seen.pop(client, None)
         self._seen[client] = now  # the order is that of the times
-        while self._seen and (len(self._seen) > MAX_CLIENTS or next(iter(self._seen.values())) < now - WAITING_SECONDS):
+        while len(self._seen) > MAX_CLIENTS or next(iter(self._seen.values())) < now - WAITING_SECONDS:
             del self._seen[next(iter(self._seen))]
         if self._counts is not None:
             with self._counts.lock():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import re
@@ -90,7 +89,7 @@ class KeyRing:
         self._fixed = parse_keys(settings.api_keys, "BRIDLE_API_KEYS") if settings.api_keys is not None else []
         self._file = Path(settings.api_keys_file) if settings.api_keys_file is not None else None
         self._stamp: tuple[int, int, int] | None = None
-        self._checked = 0.0
+        self._checked = time.monotonic()
         self._keys = list(self._fixed)
         self.needed = settings.has_keys
         self.reload()
@@ -145,7 +144,7 @@ def presented_key(headers: Mapping[str, str]) -> str | None:
     if scheme.lower() == "basic":
         try:
             decoded = base64.b64decode(value, validate=True).decode("utf-8", "surrogateescape")
-        except (binascii.Error, ValueError):
+        except ValueError:
             return None
         return decoded.partition(":")[2] or None
     return headers.get("x-api-key") or None

@@ -39,10 +39,10 @@ def read_npz(data: bytes | bytearray, *, max_arrays: int, max_numbers: int) -> d
                 if room + 1024 * max_arrays < 0:
                     raise ProblemError("too-large", f"the NPZ unfolds to more than {max_numbers} numbers")
                 with archive.open(member) as file:
-                    content = file.read(member.file_size + 1)
+                    content = file.read(member.file_size)
                 arrays[member.filename.removesuffix(".npy")] = _array(content)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise _malformed(str(error)[:200]) from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
+        raise _malformed(str(error)[:200] or "a member ends too early") from None
     return arrays
 
 
@@ -67,8 +67,11 @@ def _array(content: bytes) -> npt.NDArray[Any]:
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if dtype.kind not in "iu" or dtype.hasobject:
+    try:
+        shape, fortran, dtype = read(file)
+    except Exception as error:  # numpy evaluates what stands there: TypeError, IndexError, TokenError, MemoryError, ...
+        raise _malformed(f"the header of an array cannot be read: {str(error)[:200]}") from None
+    if dtype.kind not in "iu":
         raise ProblemError("wrong-parameter", f"an array holds {dtype}, expected integers")
     room = len(content) - file.tell()
     size = dtype.itemsize

@@ -175,7 +175,7 @@ class _Parts:
         self._max_clips = max_clips
         self._field = b""
         self._value = b""
-        self._name: bytes | None = None
+        self._name: bytes | None
 
     def callbacks(self) -> Any:
         """What the parser calls."""
@@ -193,7 +193,6 @@ class _Parts:
         if len(self.files) >= self._max_clips:
             raise ProblemError("too-large", f"more than max_clips = {self._max_clips} files; send several requests")
         self.files.append(bytearray())
-        self._field = self._value = b""
         self._name = None
 
     def _on_field(self, data: bytes, start: int, end: int) -> None:

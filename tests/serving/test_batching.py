@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 import numpy as np
 import pytest
 
+from serving.engine import batching
 from serving.engine.batching import Batcher, QueueEntry
 from serving.engine.deployment import largest_batch
 from serving.metrics import Metrics
@@ -124,6 +125,11 @@ async def test_the_window_that_came_first_decides_what_runs_and_when() -> None:
     bench.decoding = 0
     bench.batcher.look()
     assert await waiting == [other]
+    late = bench.put(arrived=time.monotonic() - 5.5)
+    bench.decoding = 1
+    waiting = asyncio.create_task(bench.batcher.next_batch())
+    await asyncio.sleep(0)
+    assert waiting.done() and waiting.result() == [late]
 
 
 @in_loop
@@ -168,6 +174,11 @@ async def test_idle_processes_share_what_waits() -> None:
         bench.put()
     first, second = await asyncio.gather(*waiting)
     assert sorted((len(first), len(second))) == [3, 3]
+    waiting = [asyncio.create_task(bench.batcher.next_batch()) for _ in range(2)]
+    await asyncio.sleep(0)
+    for _ in range(2):
+        bench.put()
+    assert [len(batch) for batch in await asyncio.gather(*waiting)] == [1, 1]
 
 
 @in_loop
@@ -182,6 +193,28 @@ async def test_what_nobody_waits_for_is_dropped_and_its_slot_is_free() -> None:
     bench.batcher.finish(wanted, np.ones(1))
     assert bench.released == [1, 2, 3]
     assert (await wanted.future).tolist() == [1.0]
+
+
+@in_loop
+async def test_a_deadline_is_the_first_moment_that_is_too_late() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batching.time, "monotonic", lambda: 100.0)
+        bench = Bench()
+        late, wanted = bench.put(seconds=0.0), bench.put(seconds=0.1)
+        assert await bench.batcher.next_batch() == [wanted]
+        assert isinstance(late.future.exception(), TimeoutError)
+
+
+@in_loop
+async def test_pieces_of_one_request_are_told_apart_though_they_are_alike() -> None:
+    bench = Bench()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batching.time, "monotonic", lambda: 100.0)
+        kept, gone = [bench.put("dequantize", slot=None, codes=np.zeros((2, 2), np.int64)) for _ in range(2)]
+    gone.deadline = kept.deadline = time.monotonic() + 60
+    gone.future.cancel()
+    assert await bench.batcher.next_batch() == [kept]
+    assert not bench.batcher.more
 
 
 @in_loop

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_who_was_here_within_ten_seconds_waits(monkeypatch: pytest.MonkeyPatch) 
     go(1009.9)
     with pytest.raises(ProblemError, match="4 files of yours are under way, and others wait; a share is 4"):
         part.places("greedy").take_files(1)
-    go(1010.1)
+    go(1010.0)
     part.places("greedy").take_files(1)
     go(1011.0)
     part.places("other")
@@ -126,6 +127,41 @@ def test_a_share_is_filled_to_its_last_place_and_no_further() -> None:
     part.places("other").take_files(5)
     with pytest.raises(ProblemError, match="9 files are under way, max_queue is 9"):
         part.places("third").look()
+    greedy.close()
+    part.places("fourth").take_files(3)
+    part.places("third").look()  # there is one left
+
+
+def test_bytes_beyond_a_share_are_no_bar_to_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = admission(max_queue=9, max_share=0.5, max_queue_bytes=100)
+    alone = part.places("greedy")
+    alone.take_bytes(100)
+    part.places("other")
+    alone.look()
+    alone.take_files(1)
+    part.places("other").look()
+    with pytest.raises(ProblemError, match="100 bytes are under way"):
+        part.places("other").take_bytes(1)
+
+
+class Client(str):
+    """A name that can be watched: strings cannot."""
+
+    __slots__ = ("__weakref__",)
+
+
+def test_of_a_client_who_is_long_gone_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, part = at(monkeypatch), admission()
+    regular, once = Client("a regular"), Client("once")
+    gone = weakref.ref(once)
+    for second, client in ((1000.0, regular), (1001.0, once), (1009.0, regular), (1012.0, regular)):
+        go(second)
+        places = part.places(client)
+        places.take_files(2)
+        places.take_bytes(50)
+        places.close()
+    del client, once
+    assert gone() is None
 
 
 def test_only_so_many_clients_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,9 +205,12 @@ def test_retry_after_is_half_the_time_that_those_before_will_take(monkeypatch: p
     done = part.places("a")
     done.take_files(1)
     done.give_back_files()
-    assert part.retry_after == 1.0  # one answer tells no rate
-    done.take_files(3)
     go(1004.0)
+    assert part.retry_after == 1.0  # one answer tells no rate
+    done.take_files(1)
+    done.give_back_files()
+    assert part.retry_after == 60.0  # half of 100 x 4 / 2
+    done.take_files(2)
     done.give_back_files()
     assert part.retry_after == 0.5 * 100 * 4 / 4
     go(1002.0)
@@ -184,8 +223,8 @@ def test_retry_after_is_half_the_time_that_those_before_will_take(monkeypatch: p
     assert part.retry_after == 60.0
     done.take_files(200)
     done.give_back_files()  # of which the last 64 are remembered
-    go(1101.28)
-    assert part.retry_after == pytest.approx(1.0)
+    go(1102.56)
+    assert part.retry_after == pytest.approx(2.0)
     with pytest.raises(ProblemError) as found:
         part.places("b").take_files(401)
     assert found.value.retry_after == part.retry_after

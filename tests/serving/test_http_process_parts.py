@@ -58,6 +58,7 @@ def test_who_was_here_long_ago_waits_no_more_and_oneself_is_no_other(monkeypatch
     counts[0].see("a", 100.0)
     assert not counts[1].others_wait("a", 90.0)
     assert counts[1].others_wait("b", 90.0)
+    assert counts[1].others_wait("b", 99.99999)
     assert not counts[1].others_wait("b", 100.0)
     assert not counts[0].others_wait("b", 90.0)  # a process knows its own clients better
     counts[0].see("b", 101.0)
@@ -76,12 +77,62 @@ def test_what_a_dead_process_held_is_given_back_and_that_it_was_ready_stays() ->
     assert not counts[0].all_started
     counts[1].started()
     assert (counts[0].was_started(1), counts[0].was_started(0)) == (True, False)
+    assert not counts[0].all_started
+    counts[0].started()
     counts[0].forget(1)
     assert counts[0].taken("a") == ((0, 0), (0, 0))
     assert not counts[0].others_wait("b", 0.0)
     assert counts[0].was_started(1)
-    counts[0].started()
     assert counts[0].all_started
+
+
+FIRST, SECOND, LAST = "client 2368", "client 1378", "client 18094"
+"""Clients whose hashes stand at both ends of a row."""
+
+
+def test_nothing_of_a_row_runs_into_what_stands_beside_it() -> None:
+    descriptor = create(2)
+    counts = [Counts(descriptor, number, b"salt") for number in (0, 1)]
+    for own, other in ((0, 1), (1, 0)):
+        for number, client in enumerate((FIRST, SECOND, LAST), start=1):
+            counts[own].move(client, number, 10 * number)
+        for now, client in enumerate(("a", "b"), start=100):
+            counts[own].see(client, float(now))
+        for number, client in enumerate((FIRST, SECOND, LAST), start=1):
+            assert counts[other].taken(client) == ((6, 60), (number, 10 * number))
+        assert counts[other].others_wait("b", 99.0) and not counts[other].others_wait("b", 100.0)
+    counts[0].forget(1)
+    assert counts[0].taken(LAST) == ((0, 0), (0, 0))
+    assert counts[1].taken(LAST) == ((6, 60), (3, 30))
+    assert counts[1].others_wait("a", 100.0)
+
+
+@pytest.mark.parametrize("change", ["see", "take", "give back", "forget"])
+def test_whoever_counts_waits_until_no_other_does(change: str) -> None:
+    descriptor = create(2)
+    counts = Counts(descriptor, 0, b"salt")
+    part = Admission(ServeSettings(models=("x",)), Metrics(), counts)
+    places = part.places("a")
+    places.take_files(1)
+    does = {
+        "see": lambda: part.places("b"),
+        "take": lambda: places.take_files(1),
+        "give back": places.close,
+        "forget": lambda: counts.forget(1),
+    }[change]
+    told, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        with Counts(descriptor, 1, b"salt").lock():
+            os.write(tell, b"!")
+            time.sleep(0.1)
+            os.write(tell, b"ended")
+        os._exit(0)
+    assert os.read(told, 1) == b"!"
+    does()
+    os.set_blocking(told, False)
+    assert os.read(told, 16) == b"ended"
+    os.waitpid(child, 0)
 
 
 def test_two_processes_never_take_one_place() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 
 import pytest
@@ -104,7 +105,16 @@ async def test_who_is_gone_takes_none_and_gives_back_what_it_was_given() -> None
     bench.turns.free(worker, 1)  # it is given to the one who leaves at this moment
     late.cancel()
     await settle()
+    assert gone.cancelled() and late.cancelled()
     assert await bench.asks("c") == worker
+    leaves, stays, last = bench.asks("a"), bench.asks("a"), bench.asks("a")
+    await settle()
+    leaves.cancel()
+    await settle()
+    bench.turns.free(worker, 1)
+    assert await stays == worker
+    bench.turns.free(worker, 1)
+    assert await last == worker
 
 
 @in_loop
@@ -131,11 +141,39 @@ async def test_who_asked_long_ago_is_not_about() -> None:
         first, second = bench.asks("a"), bench.asks("a")
         await settle()
         assert (first.done(), second.done()) == (True, False)
-        now = 110.1
+        now = 110.0
         bench.turns.free(first.result(), 2)
         third = bench.asks("a")
         await settle()
         assert second.done() and third.done()
+
+
+class Owner(str):
+    """A name that can be watched: strings cannot."""
+
+    __slots__ = ("__weakref__",)
+
+
+@in_loop
+async def test_of_an_owner_who_is_long_gone_nothing_is_kept() -> None:
+    turns_of_two: Turns[int] = Turns(0.5)
+    now = 100.0
+
+    async def asks(owner: Owner) -> None:
+        OWNER.set(owner)
+        turns_of_two.free(await turns_of_two.take(2), 2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns.time, "monotonic", lambda: now)
+        turns_of_two.free(0, 2)
+        regular, once = Owner("a regular"), Owner("once")
+        gone = weakref.ref(once)
+        for second, owner in ((100.0, regular), (101.0, once), (109.0, regular), (112.0, regular)):
+            now = second
+            await asyncio.create_task(asks(owner))
+        del once
+        await settle()
+        assert gone() is None
 
 
 @in_loop
@@ -193,3 +231,28 @@ async def test_who_waits_for_a_moment_and_leaves_keeps_none() -> None:
     for task in tasks[1:]:
         task.cancel()
     await in_turn()
+
+
+@in_loop
+async def test_work_aside_keeps_a_seat_for_another_owner_who_is_about() -> None:
+    may_end, begun = threading.Event(), threading.Semaphore(0)
+
+    def work() -> None:
+        begun.release()
+        may_end.wait(20)
+
+    def asks(owner: str, what: Callable[[], None]) -> asyncio.Task[None]:
+        async def run() -> None:
+            OWNER.set(owner)
+            await aside(what)
+
+        return asyncio.create_task(run())
+
+    await asks("other", lambda: None)
+    greedy = [asks("greedy", work) for _ in range(3)]
+    await asyncio.to_thread(begun.acquire)
+    await settle()
+    await asks("other", lambda: None)  # there is a seat, though greedy ones came first
+    assert not begun.acquire(blocking=False)
+    may_end.set()
+    await asyncio.gather(*greedy)

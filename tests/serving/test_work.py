@@ -91,6 +91,9 @@ def test_the_next_model_is_tried_where_one_does_not_take_the_kind() -> None:
         joined(Model("film", [(1, 1.0)], WrongKindError("half way")), Model("sound", [(1, 1.0)]))
     with pytest.raises(UndecodableError):
         joined(Model("film", [], UndecodableError("broken")), second)
+    taken, other = Model("sound", [(1, 1.0)]), Model("other", [(1, 1.0)])
+    assert len(joined(taken, other).values) == 2
+    assert other.asked == []
 
 
 def test_an_answer_of_too_many_numbers_is_refused_while_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +101,9 @@ def test_an_answer_of_too_many_numbers_is_refused_while_it_grows(monkeypatch: py
     assert len(joined(Model("m", [(4, 1.0), (4, 1.0)])).values) == 16
     with pytest.raises(AnswerTooLargeError, match="more than 48 numbers"):
         joined(Model("m", [(4, 1.0), (4, 1.0), (1, 1.0)]))
-    assert work.MAX_NUMBERS == 48
+    monkeypatch.setattr(work, "MAX_NUMBERS", 47)
+    with pytest.raises(AnswerTooLargeError, match="more than 47 numbers"):
+        joined(Model("m", [(4, 1.0), (4, 1.0)]))
 
 
 def test_classes_are_the_mean_over_content() -> None:
@@ -154,3 +159,19 @@ def test_the_first_that_fails_ends_all_and_says_which_it_was(many: bool) -> None
     with pytest.raises(ZeroDivisionError):
         run(ZeroDivisionError())
     assert ended == [True] * (3 * many)
+
+
+def test_what_ended_all_is_told_and_not_what_broke_because_of_it() -> None:
+    async def breaks_when_it_is_stopped() -> int:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise UndecodableError("stopped half way") from None
+        return 0
+
+    async def both() -> list[int]:
+        return await each_clip([breaks_when_it_is_stopped(), fails(UndecodableError("broken"), 0.01)])
+
+    with pytest.raises(FileError, match="broken") as found:
+        asyncio.run(both())
+    assert found.value.index == 1
