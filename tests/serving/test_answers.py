@@ -221,7 +221,7 @@ def test_who_reads_an_old_models_answer_for_long_keeps_it_no_longer_than_a_reque
         deployment = Deployment(audio_folder, settings, Metrics(), ["cpu"])
         await deployment.start()
         with deployment.used():
-            await asyncio.wait_for(deployment.retire(), 60)
+            await asyncio.wait_for(deployment.retire(), 300)
         assert not deployment.running
 
     asyncio.run(run())

@@ -59,7 +59,7 @@ def test_ray_gives_the_same_files_and_an_actor_killed_loses_nothing(
     media = sample_media("audio", 12)
     shards = [
         write_tar(tmp_path / f"s{i}.tar", [(f"k{i}-{j}.{media[j][0]}", media[j][1]) for j in range(12)])
-        for i in range(8)
+        for i in range(16)  # so that a busy machine finds one at work
     ]
     command = ["tokenize", str(models["audio"]), *map(str, shards), "--workers", "0", "--out"]
     assert main([*command, str(tmp_path / "local")]) == 0
