@@ -207,6 +207,6 @@ def test_the_services_own_process_has_neither_torch_nor_decoders(behind: Server,
 
 
 def test_a_child_counts_the_gpus() -> None:
-    with closing(Child("serving.workers.gpus:counted", seconds=60, memory_bytes=1 << 46)) as child:
+    with closing(Child("serving.workers.gpus:counted", seconds=300, memory_bytes=1 << 46)) as child:
         ((told, _),) = child.answers(b"", {})
     assert told == {"gpus": torch.cuda.device_count()}
