@@ -135,7 +135,7 @@ def test_a_piece_is_made_when_those_before_are_taken(kind: str) -> None:
         response = await streamed(Request(connection.scope), clips, kind, {}, nullcontext())
         assert len(asked) == 1  # the first tells whether it can be made at all
         answering = asyncio.create_task(response(connection.scope, connection.receive, connection.send))
-        await asyncio.wait_for(connection.full.wait(), 20)
+        await asyncio.wait_for(connection.full.wait(), 200)
         assert 1 < len(asked) <= 8
         answering.cancel()
         await asyncio.wait([answering])

@@ -16,7 +16,7 @@ from serving.engine.turns import OWNER, Turns, aside, in_turn
 
 def in_loop(test: Callable[[], Coroutine[None, None, None]]) -> Callable[[], None]:
     def run() -> None:
-        asyncio.run(asyncio.wait_for(test(), 20))
+        asyncio.run(asyncio.wait_for(test(), 200))
 
     run.__name__ = test.__name__
     return run
