@@ -26,6 +26,10 @@ def test_a_batch_alone_gets_all_cores_and_batches_beside_each_other_their_part(m
     assert shared.take(more=False) == 8
     shared.give_back()
     assert shared.take(more=True) == 4
+    shared.take(more=False)
+    shared.give_back()
+    now += 9.0
+    assert shared.take(more=False) == 4  # one is still there
     assert SharedCores(processes=16, threads=0).take(more=True) == 1
     fixed = SharedCores(processes=2, threads=3)
     assert [fixed.take(more=False), fixed.take(more=True)] == [3, 3]
