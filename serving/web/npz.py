@@ -70,7 +70,8 @@ def _array(content: bytes) -> npt.NDArray[Any]:
     try:
         shape, fortran, dtype = read(file)
     except Exception as error:  # numpy evaluates what stands there: TypeError, IndexError, TokenError, MemoryError, ...
-        raise _malformed(f"the header of an array cannot be read: {str(error)[:200]}") from None
+        told = repr(error)[:200]  # not its text: MemoryError has none
+        raise _malformed(f"the header of an array cannot be read: {told}") from None
     if dtype.kind not in "iu":
         raise ProblemError("wrong-parameter", f"an array holds {dtype}, expected integers")
     room = len(content) - file.tell()
