@@ -48,11 +48,15 @@ ROOMS = {
     ),
     "service": Room(
         (
-            *(f"serving/web/{name}.py" for name in ("admission", "keys", "npz", "uploads")),
-            *(f"serving/engine/{name}.py" for name in ("batching", "work")),
+            *(f"serving/web/{name}.py" for name in ("admission", "counts", "keys", "npz", "problems", "uploads")),
+            *(f"serving/engine/{name}.py" for name in ("batching", "cores", "turns", "work")),
         ),
         tuple(
-            f"tests/serving/test_{name}.py" for name in ("batching", "work", "door_edges", "door_parts", "fair_parts")
+            f"tests/serving/test_{name}.py"
+            for name in (
+                *("batching", "cores", "turns", "work", "door_edges", "door_parts"),
+                *("fair_parts", "hostile_npz", "http_process_parts", "problems"),
+            )
         ),
     ),
     "health": Room(("bridle/evaluation/health.py",), ("tests/evaluation/test_health.py",)),
