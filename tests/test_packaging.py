@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from warm import run_warm
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
@@ -181,8 +182,9 @@ def test_an_installed_wheel_pretrains_with_a_shipped_configuration_under_the_lau
 
 
 def test_an_unknown_shipped_configuration_is_refused_with_the_names_there_are(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bridle.pretrain", "--deepspeed_config", "builtin:zero9", "--run", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    script = str(ROOT / "bridle/pretrain.py")
+    words = [sys.executable, script, "--deepspeed_config", "builtin:zero9", "--run", str(tmp_path)]
+    done = run_warm(words, env=os.environ, cwd=ROOT)
     assert done.returncode == 2
     assert "found 'zero9', expected one of zero1, zero1_bf16, zero2, zero2_bf16, zero3, zero3_bf16" in done.stderr
 

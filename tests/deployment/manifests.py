@@ -44,7 +44,7 @@ def rendered_text(folder: str) -> str:
 
 def rendered(folder: str) -> list[Manifest]:
     """The same as objects, fresh ones each time."""
-    return [manifest for manifest in yaml.safe_load_all(rendered_text(folder)) if manifest]
+    return [manifest for manifest in yaml.load_all(rendered_text(folder), yaml.CSafeLoader) if manifest]
 
 
 @dataclass

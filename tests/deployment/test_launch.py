@@ -109,12 +109,13 @@ def test_a_signal_ends_the_wait_for_a_name() -> None:
 
 
 def test_a_batch_that_does_not_divide_over_the_ranks_is_exit_code_2(tmp_path: Path) -> None:
-    process = launch("--nproc-per-node", "3", arguments=("--recipe", str(TINY), "--run", str(tmp_path / "run")))
+    run = ("--recipe", str(TINY), "--run", str(tmp_path / "run"), "train.batch_size=7")
+    process = launch("--nproc-per-node", "2", arguments=run)
     out = process.communicate(timeout=300)[0]
     lines = [line for line in out.splitlines() if "error" in line]
     assert process.returncode == 2, out
     assert (
-        lines == ["pretrain: error: train.batch_size 8 does not divide over 3 ranks; choose a multiple of 3"]
+        lines == ["pretrain: error: train.batch_size 7 does not divide over 2 ranks; choose a multiple of 2"]
         and "Traceback" not in out
     )
     assert not (tmp_path / "run").exists()

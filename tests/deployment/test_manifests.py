@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import re
@@ -13,8 +14,6 @@ from typing import Any
 import kubernetes_validate
 import manifest_lint
 import pytest
-from cloudcoil.models.prometheus_operator import v1 as monitoring
-from kubeflow_trainer_api import models as trainer
 from manifests import ROOT, Manifest, environment_of, expanded, find, kustomizations, needs_kubectl, pods_of, rendered
 
 from bridle.cli import COMMANDS
@@ -50,10 +49,15 @@ def test_every_kustomization_fits_its_schemas_strictly(folder: str) -> None:
 def validate(manifest: Manifest) -> None:
     """Raises on a field that is unknown, missing or of a wrong type."""
     kind, group = manifest["kind"], manifest["apiVersion"].partition("/")[0]
+    # Not imported above: whoever collects the tests, to run others, would spend five seconds on it.
     if group == "monitoring.coreos.com":
+        from cloudcoil.models.prometheus_operator import v1 as monitoring
+
         model = getattr(monitoring, kind).model_validate(manifest)
         assert_nothing_lost(manifest, model.model_dump(mode="json", by_alias=True, exclude_unset=True))
     elif group in ("trainer.kubeflow.org", "jobset.x-k8s.io"):
+        from kubeflow_trainer_api import models as trainer
+
         prefix = "TrainerV1alpha1" if group.startswith("trainer") else "JobsetV1alpha2"
         assert_nothing_lost(manifest, getattr(trainer, prefix + kind).from_dict(manifest).to_dict())
     else:
@@ -82,6 +86,7 @@ def test_something_reads_every_variable(folder: str) -> None:
     assert list(manifest_lint.variables_are_read(rendered(folder), in_code)) == []
 
 
+@functools.cache
 def in_code(name: str) -> bool:
     if name in LIBRARIES:
         package, _, file = LIBRARIES[name].partition("/")

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import sample_files, write_classifier
-from torchmetrics.functional.classification import multiclass_accuracy, multilabel_average_precision
 
 from bridle.classifier import load_classifier
 from bridle.cli import main
@@ -39,6 +38,8 @@ def scored(seed: int, files: int = 40, classes: int = 7, skill: float = 1.0) -> 
 
 @given(seed=st.integers(0, 10_000), files=st.integers(3, 60), classes=st.integers(6, 12))
 def test_accuracies_are_torchmetrics(seed: int, files: int, classes: int) -> None:
+    from torchmetrics.functional.classification import multiclass_accuracy  # two seconds that collecting can do without
+
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(files, classes, generator=generator).softmax(1)
     labels = torch.randint(classes, (files,), generator=generator)
@@ -53,6 +54,8 @@ def test_accuracies_are_torchmetrics(seed: int, files: int, classes: int) -> Non
 
 @given(seed=st.integers(0, 10_000), files=st.integers(5, 60), classes=st.integers(2, 8), tied=st.booleans())
 def test_mean_average_precision_is_torchmetrics(seed: int, files: int, classes: int, tied: bool) -> None:
+    from torchmetrics.functional.classification import multilabel_average_precision
+
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(files, classes, generator=generator, dtype=torch.float64)
     scores = (scores * 4).round() / 4 if tied else scores
@@ -66,6 +69,8 @@ def test_mean_average_precision_is_torchmetrics(seed: int, files: int, classes: 
 def test_on_a_bootstrap_draw_metrics_are_torchmetrics_on_the_files_as_often_as_drawn(
     seed: int, files: int, classes: int
 ) -> None:
+    from torchmetrics.functional.classification import multiclass_accuracy, multilabel_average_precision
+
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(files, classes, generator=generator, dtype=torch.float64).softmax(1)
     labels = torch.randint(classes, (files,), generator=generator)

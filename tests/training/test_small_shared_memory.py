@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, command, environment, pretrain, rows
+from launching import ROOT, TINY, command, environment, pretrain, rows
+from untrained import save_untrained
+
+from bridle.config import load_recipe
 
 
 def with_shared_memory(size: str, words: list[str]) -> subprocess.CompletedProcess[str]:
@@ -25,6 +29,7 @@ def namespaces() -> None:
         pytest.skip("no mount namespace may be made here (unshare --mount), so /dev/shm cannot be made small")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_through_the_pipe_and_says_so_once(tmp_path: Path) -> None:
     small, roomy = tmp_path / "small", tmp_path / "roomy"
     few = ["data.workers=2", "phases.1.steps=6", "phases.2.steps=6", "phases.3.steps=6"]
@@ -38,9 +43,8 @@ def test_a_run_goes_on_through_the_pipe_and_says_so_once(tmp_path: Path) -> None
 
 
 def test_codebooks_are_measured_with_little_shared_memory(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    pretrain(run, "phases.1.steps=2", "phases.2.steps=2", "phases.3.steps=2", "clip.seconds=2.56")
-    words = [command(run)[0], "-m", "bridle.cli", "codebooks", str(run / "models/final"), "builtin:audio-heldout"]
+    model = save_untrained(tmp_path / "model", load_recipe(str(TINY), ["clip.seconds=2.56"]), "tiny")
+    words = [sys.executable, "-m", "bridle.cli", "codebooks", str(model), "builtin:audio-heldout"]
     done = with_shared_memory("1m", [*words, "--workers", "2"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "of 20 files" in done.stdout
