@@ -126,9 +126,8 @@ class BridleModel:
         Raises:
             ValueError: codes out of range, too many codebooks, or not integers.
         """
-        codes = codes.to(self.device)
-        self.tokenizer.quantizer.validate_codes(codes)
-        return self.tokenizer.quantizer.decode(codes)
+        self.tokenizer.quantizer.validate_codes(codes)  # where they are: looking at them on a GPU waits for it
+        return self.tokenizer.quantizer.decode(_sent(codes, self.device))
 
     def tokenize(self, source: bytes | str | Path) -> CodeStream:
         """Codes of a whole file, given as its bytes or its path.
@@ -166,7 +165,14 @@ def content_positions(encoder: Encoder, values: Tensor, valid: Sequence[int] | N
     needs no mask."""
     if valid is None or min(valid) >= encoder.patch.count(values):
         return None
-    return torch.tensor(list(valid), dtype=torch.int64).to(values.device)
+    return _sent(torch.tensor(list(valid), dtype=torch.int64), values.device)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device. To CUDA from pinned memory: a copy from other memory waits for all that the GPU has to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def read_source(source: bytes | str | Path, max_bytes: int) -> bytes:

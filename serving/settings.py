@@ -64,6 +64,9 @@ class ServeSettings(Settings):
     """Threads of each model process on the CPU; 0 shares all cores out among those of a model that are at work."""
     max_batch: Annotated[int, Field(ge=0, le=1024)] = 0
     """Clips in one forward pass at most; 0 takes 4 to 64, as many as have 1,600 positions (16,384 on a GPU)."""
+    batches_under_way: Annotated[int, Field(ge=0, le=2)] = 0
+    """Batches that a model process has at once; 0 takes 2 on a GPU, where one is received and copied while another is
+    computed, and 1 on the CPU."""
     max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 10.0
     """How long a clip may wait for others that are already being decoded; an idle service never waits."""
     model_seconds: Seconds = 120.0

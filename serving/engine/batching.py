@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -67,17 +68,17 @@ class Batcher:
         self._release_slot = release
         self._metrics = metrics
         self._queue: deque[QueueEntry] = deque()
-        self._idle = 0
+        self._asking: list[Callable[[], bool]] = []
         self._least = 1
         self._changed = asyncio.Event()
 
     def learn(self, least: int) -> None:
-        """Batches of fewer windows than this are not shared out among idle processes: a batch costs as much by itself
-        as this many of its windows."""
+        """Batches of fewer windows than this are neither shared out among idle processes nor sent to one that is busy:
+        a batch costs as much by itself as this many of its windows."""
         self._least = least
 
     def look(self) -> None:
-        """To be called when `upstream` may have fallen."""
+        """To be called when `upstream` may have fallen, or a process that asks has become idle."""
         self._changed.set()
 
     def submit(self, entry: QueueEntry) -> None:
@@ -85,38 +86,46 @@ class Batcher:
         self._queue.append(entry)
         self._changed.set()
 
-    async def next_batch(self) -> list[QueueEntry]:
+    async def next_batch(self, busy: Callable[[], bool] = lambda: False) -> list[QueueEntry]:
         """Waits for work; entries of one operation that should run now, in the order they came.
 
         Idle processes share what waits, where that is worth it.
+
+        Args:
+            busy: whether the process that asks has another batch under way.
         """
-        self._idle += 1
+        self._asking.append(busy)
         try:
-            return await self._next_batch()
+            return await self._next_batch(busy)
         finally:
-            self._idle -= 1
+            self._asking.remove(busy)
+            if self._queue:  # for those who left it to this one
+                self._changed.set()
 
     @property
     def more(self) -> bool:
         """Whether another batch is about to begin."""
         return bool(self._queue or self._upstream())
 
-    async def _next_batch(self) -> list[QueueEntry]:
+    async def _next_batch(self, busy: Callable[[], bool]) -> list[QueueEntry]:
         while True:
             self._drop_useless()
+            patience = math.inf
             if self._queue:
                 first = self._queue[0]
                 same = sum(entry.operation == first.operation for entry in self._queue)
-                patience = first.arrived + self._max_wait - time.monotonic()
                 alone = first.codes is not None
-                if alone or same >= self._max_batch or patience <= 0 or not self._upstream():
-                    share = max(self._least, -(-same // self._idle))
+                idle = sum(not one() for one in self._asking)
+                # Fewer go on gathering until the batch under way is answered: as a batch they would cost more than the
+                # device's pause between two, which is all that they can save.
+                worth = not busy() or (not idle and (alone or same >= min(self._least, self._max_batch)))
+                patience = first.arrived + self._max_wait - time.monotonic() if worth else math.inf
+                if worth and (alone or same >= self._max_batch or patience <= 0 or not self._upstream()):
+                    share = max(self._least, -(-same // max(1, idle)))
                     return self._take(1 if alone else min(self._max_batch, share))
-            else:
-                patience = None
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(patience if patience < math.inf else None):
                     await self._changed.wait()
 
     def finish(self, entry: QueueEntry, result: Array | BaseException) -> None:

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,44 +19,27 @@ import numpy.typing as npt
 from bridle.folder_config import ClassifierConfig, ModelConfig, is_classifier, read_classifier_config, read_config
 from bridle.modalities import describe
 from bridle.modalities.clip import Description
-from bridle.processes.async_child import AsyncChild
-from bridle.processes.messages import (
-    VERSION,
-    BeginDecoder,
-    BeginModel,
-    Dequantize,
-    Fault,
-    Forward,
-    FromModel,
-    ModelReady,
-    ToModel,
-    array_of,
-)
-from bridle.processes.messages import (
-    Result as ModelResult,
-)
+from bridle.processes.messages import VERSION, BeginDecoder, BeginModel, Forward, ModelReady, Result
 from serving.engine.batching import Array, Batcher, QueueEntry
 from serving.engine.cores import SharedCores
 from serving.engine.decoding import DecodePool, Window
-from serving.engine.errors import DeadlineError, EngineError, FaultError, ProcessEndedError
+from serving.engine.errors import DeadlineError
+from serving.engine.model_process import ModelProcess, gone
 from serving.engine.turns import Turns
 from serving.logs import log
 from serving.metrics import Metrics
 from serving.settings import ServeSettings
 from serving.workers.arena import Arena
 
-MAX_ANSWER = 1 << 31
-"""Bytes that a model process may answer with."""
-OPERATIONS: dict[str, Literal["codes", "embed", "classify"]] = {
-    "codes": "codes", "embed": "embed", "classify": "classify"
-}  # fmt: skip
-"""What a model process does with windows."""
 BATCH_POSITIONS = {"cpu": 1600, "cuda": 16384}
 """Positions in a batch: beyond, a batch only takes longer. 8 pictures of ViT-S are 1,568."""
 SMALLEST_BATCH, LARGEST_BATCH = 4, 64
 MEASURED = 5
 """Forward passes of which the fastest tells what a clip costs."""
-MEASURED_BATCH = 8
+MEASURED_BATCH = {"cpu": 8, "cuda": 64}
+"""Clips in the batch that is measured: to a GPU a few clips are as quick as one, which says nothing of more."""
+BATCHES_UNDER_WAY = {"cpu": 1, "cuda": 2}
+"""On a GPU one is received and copied while another is computed; on the CPU they would fight for the cores."""
 PIECE_NUMBERS = 1 << 18
 """Numbers of latents that one batch makes of codes: 1 MB, which the event loop copies in a third of
 a millisecond."""
@@ -84,8 +68,9 @@ class Deployment:
         sizes = zip(self.modality.grid.values(), self.modality.patch, strict=True)
         self._shape = [self.modality.channels, *(count * step for count, step in sizes)]
         self.max_batch = settings.max_batch or largest_batch(self.positions, devices)
-        self._ahead = 2 * self.max_batch
-        slots = settings.decoders + (len(devices) + 2) * self.max_batch
+        self._room = settings.batches_under_way or BATCHES_UNDER_WAY[kind_of(devices)]
+        self._ahead = (1 + self._room) * self.max_batch
+        slots = settings.decoders + (self._room * len(devices) + 2) * self.max_batch
         self._embeddings = (self.positions, self.config.encoder.width)
         self.arena = Arena(slots, 4 * max(math.prod(self._shape), math.prod(self._embeddings)))
         self._batcher = Batcher(
@@ -100,9 +85,9 @@ class Deployment:
         self.pool = DecodePool(
             self.name, begin, settings.decoders, settings.max_share, self.arena, metrics, self._batcher.look
         )
-        self._dequantizing: Turns[int] = Turns(settings.max_share, range(len(devices)))
+        self._dequantizing: Turns[int] = Turns(settings.max_share, range(self._room * len(devices)))
         self._cores = SharedCores(len(devices), settings.threads)
-        self._children: dict[str, AsyncChild] = {}
+        self._processes = [self._model_process(device) for device in devices]
         self._loops: list[asyncio.Task[None]] = []
         self._users = 0
         self._unused = asyncio.Event()
@@ -117,32 +102,29 @@ class Deployment:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.pool.start())
-                for device in self._devices:
-                    group.create_task(self._start_model(device))
+                for process in self._processes:
+                    group.create_task(process.start())
         except BaseExceptionGroup as errors:
             await self.stop()
             raise errors.exceptions[0] from None
-        self._learn(next(iter(self._children.values())))
         if self.codes_depend_on_batch:
             log("warning", "codes may depend on the batch at rounding's last bit on this device", model=self.name)
-        await self._measure(next(iter(self._children.values())))
-        self._loops = [asyncio.create_task(self._run(device)) for device in self._devices]
+        await self._measure(self._processes[0])
+        self._loops = [asyncio.create_task(process.run()) for process in self._processes]
         return self
 
-    async def _measure(self, child: AsyncChild) -> None:
+    async def _measure(self, process: ModelProcess) -> None:
         """Learns from one idle process what a clip costs by itself and in a batch, before there are requests."""
 
         async def seconds(clips: int, threads: int) -> float:
             took = []
             for _ in range(MEASURED):
-                forward = Forward("codes", threads, list(range(clips)), [self.positions] * clips)
-                await child.channel.send(forward)
-                answer, _ = await child.channel.receive()
-                took.append(answer.seconds if isinstance(answer, ModelResult) else math.inf)
+                answer = await process.ask(Forward("codes", threads, list(range(clips)), [self.positions] * clips))
+                took.append(answer.seconds if isinstance(answer, Result) else math.inf)
             return min(took)
 
         alone = {threads: await seconds(1, threads) for threads in self._cores.counts}
-        several = min(MEASURED_BATCH, self.max_batch)
+        several = min(MEASURED_BATCH[kind_of(self._devices)], self.max_batch)
         if several < 2 or math.inf in alone.values():
             return
         self._cores.learn(alone)
@@ -151,8 +133,7 @@ class Deployment:
         each = max((batch - one) / (several - 1), one / several)
         self._batcher.learn(max(1, round((one - each) / each)))
 
-    def _learn(self, child: AsyncChild) -> None:
-        hello: ModelReady = child.hello
+    def _learn(self, hello: ModelReady) -> None:
         if self.info and self.info["sha256"] != hello.info["sha256"]:
             log("warning", "the folder holds other weights than before", model=self.name)
         self.info = hello.info
@@ -163,9 +144,8 @@ class Deployment:
         for task in self._loops:
             task.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
-        self._batcher.fail_all(_gone)
-        await asyncio.gather(self.pool.close(), *(child.end() for child in self._children.values()))
-        self._children.clear()
+        self._batcher.fail_all(gone)
+        await asyncio.gather(self.pool.close(), *(process.end() for process in self._processes))
         self.arena.close()
 
     async def retire(self) -> None:
@@ -207,12 +187,13 @@ class Deployment:
     @property
     def running(self) -> bool:
         """Whether a model process is up."""
-        return bool(self._children)
+        return bool(self.pids["model"])
 
     @property
     def pids(self) -> dict[str, list[int]]:
         """Process ids, by kind."""
-        return {"model": [child.pid for child in self._children.values()], "decode": self.pool.pids}
+        up = [process.pid for process in self._processes if process.pid is not None]
+        return {"model": up, "decode": self.pool.pids}
 
     async def results(
         self, operation: str, data: bytes | bytearray, deadline: float
@@ -256,88 +237,31 @@ class Deployment:
     async def _latents(self, codes: npt.NDArray[np.int64]) -> Array:
         longest = self._settings.request_timeout
         try:
-            async with asyncio.timeout(longest), self._dequantizing.one(len(self._devices)):
+            async with asyncio.timeout(longest), self._dequantizing.one(self._room * len(self._devices)):
                 entry = QueueEntry("dequantize", time.monotonic() + longest, codes=codes)
                 self._batcher.submit(entry)
                 return await entry.future
         except TimeoutError:
             raise DeadlineError from None
 
-    async def _run(self, device: str) -> None:
-        """Feeds one model process for as long as the deployment lives, and replaces the process when it ends."""
-        while True:
-            batch = await self._batcher.next_batch()
-            try:
-                await self._run_batch(device, batch)
-            except (EOFError, ConnectionError, TimeoutError) as error:
-                hangs = isinstance(error, TimeoutError)
-                try:  # first: until it has ended it may write embeddings into slots, which then are another request's
-                    code = await self._children.pop(device).end(patience=0.0 if hangs else 2.0)
-                finally:
-                    for entry in batch:
-                        self._batcher.finish(entry, _gone())
-                if hangs:
-                    log("error", "a batch took longer than model_seconds", model=self.name, device=device)
-                await self._replace(device, code)
-            except BaseException as error:
-                for entry in batch:
-                    self._batcher.finish(entry, _gone())
-                if not isinstance(error, Exception):
-                    raise
-                log("error", "a batch failed", model=self.name, error=repr(error))
+    def _model_process(self, device: str) -> ModelProcess:
+        return ModelProcess(
+            self.name,
+            device,
+            partial(self._begin_model, device),
+            room=self._room,
+            seconds=self._settings.model_seconds,
+            width=self.config.encoder.width,
+            batcher=self._batcher,
+            arena=self.arena,
+            cores=self._cores,
+            metrics=self._metrics,
+            learn=self._learn,
+        )
 
-    async def _run_batch(self, device: str, batch: list[QueueEntry]) -> None:
-        operation, codes = batch[0].operation, batch[0].codes
-        threads = self._cores.take(self._batcher.more)
-        try:
-            channel = self._children[device].channel
-            async with asyncio.timeout(self._settings.model_seconds):
-                if codes is not None:
-                    await channel.send(Dequantize(threads, list(codes.shape)), codes.data)
-                else:
-                    slots = [entry.slot for entry in batch if entry.slot is not None]
-                    valid = [entry.valid for entry in batch if entry.slot is not None]
-                    await channel.send(Forward(OPERATIONS[operation], threads, slots, valid))
-                answer, payload = await channel.receive()
-        finally:
-            self._cores.give_back()
-        if isinstance(answer, Fault):
-            log("error", "a batch failed", model=self.name, error=answer.message)
-            for entry in batch:
-                error = _no_memory() if answer.memory else FaultError(answer.message, answer.traceback)
-                self._batcher.finish(entry, error)
-            return
-        self._metrics.model_seconds.labels(self.name, operation).observe(answer.seconds)
-        self._metrics.clips.labels(self.name, operation).inc(len(batch))
-        found: Sequence[Array]
-        if operation == "embed":
-            width = self.config.encoder.width
-            found = [self.arena.read(entry.slot, (entry.valid, width)) for entry in batch if entry.slot is not None]
-        else:
-            array = array_of(answer, payload)
-            found = [array] if codes is not None else list(array)
-        for entry, result in zip(batch, found, strict=True):
-            entry.model_seconds = answer.seconds
-            self._batcher.finish(entry, result)
-
-    async def _replace(self, device: str, code: int | None) -> None:
-        """What waits in the queue waits a little longer; only the batch that the process had has failed."""
-        self._metrics.worker_restarts.labels("model", self.name).inc()
-        log("error", "a model process ended; starting another", model=self.name, device=device, exit_code=code)
-        pause = 0.2
-        while True:
-            try:
-                await self._start_model(device)
-                self._learn(self._children[device])
-                return
-            except (OSError, RuntimeError, EOFError, TimeoutError) as error:
-                log("error", "a model process does not start", model=self.name, device=device, error=str(error))
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 30.0)
-
-    async def _start_model(self, device: str) -> None:
+    def _begin_model(self, device: str) -> BeginModel:
         settings = self._settings
-        begin = BeginModel(
+        return BeginModel(
             version=VERSION,
             folder=str(self.folder.resolve()),
             device=device.partition("#")[0],
@@ -348,15 +272,6 @@ class Deployment:
             shape=self._shape,
             slot_bytes=self.arena.slot_bytes,
             log_level=settings.log_level,
-        )
-        self._children[device] = await AsyncChild.start(
-            "serving.workers.model_worker:main",
-            "bridle-model",
-            begin,
-            memory=self.arena.fd,
-            understood=ToModel,
-            allowed=FromModel,
-            max_payload=MAX_ANSWER,
         )
 
     def _begin_decoder(self) -> BeginDecoder:
@@ -383,15 +298,11 @@ def config_of(folder: Path) -> ModelConfig | ClassifierConfig:
     return read_classifier_config(folder) if is_classifier(folder) else read_config(folder)
 
 
-def _gone() -> EngineError:
-    return ProcessEndedError("the model process ended; send the request again")
-
-
-def _no_memory() -> EngineError:
-    return ProcessEndedError("the device has no memory for this batch; send the request again")
+def kind_of(devices: Sequence[str]) -> Literal["cpu", "cuda"]:
+    """What all of a model's devices can do: CUDA only where each of them can."""
+    return "cuda" if all(device.startswith("cuda") for device in devices) else "cpu"
 
 
 def largest_batch(positions: int, devices: Sequence[str]) -> int:
     """Clips of so many positions in one batch, where the settings leave it open."""
-    room = min(BATCH_POSITIONS["cuda" if device.startswith("cuda") else "cpu"] for device in devices)
-    return min(LARGEST_BATCH, max(SMALLEST_BATCH, room // positions))
+    return min(LARGEST_BATCH, max(SMALLEST_BATCH, BATCH_POSITIONS[kind_of(devices)] // positions))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-import traceback
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from bridle.classifier import Classifier, load_classifier
@@ -21,20 +19,13 @@ from bridle.folder_config import is_classifier
 from bridle.model import BridleModel
 from bridle.model_folder import load
 from bridle.modeling.encoder import Encoder
-from bridle.processes.framing import Buffer, Line
+from bridle.processes.framing import Line
 from bridle.processes.memory import Shared
-from bridle.processes.messages import (
-    VERSION,
-    BeginModel,
-    Dequantize,
-    Fault,
-    Forward,
-    Message,
-    ModelReady,
-    Result,
-    fault_of,
-)
-from serving.logs import flush, take_over_logging
+from bridle.processes.messages import VERSION, BeginModel, Fault, Forward, ModelReady, array_of
+from serving.logs import flush, log, take_over_logging
+from serving.workers.pipeline import Pipeline
+
+Operation = Literal["codes", "embed", "classify"]
 
 
 def main(line: Line, memory: Shared) -> None:
@@ -42,114 +33,112 @@ def main(line: Line, memory: Shared) -> None:
     begin, _ = line.receive()
     take_over_logging(begin.log_level)
     try:
-        worker = _Worker(begin, memory)
-        hello = worker.warm_up()
+        model = _loaded(begin)
+        slots = torch.frombuffer(memory, dtype=torch.float32).view(-1, begin.slot_bytes // 4)
+        pipeline = Pipeline(model, slots, begin.shape, begin.max_batch)
+        hello = _warm_up(model, begin)
     except (ValueError, OSError, RuntimeError) as error:  # the folder or the device, not a request
         line.send(Fault(" ".join(str(error).split())[:2000], "", memory=False))
         return
     try:
         line.send(hello)
+        serve(line, pipeline)
+    except Exception as error:
+        _leave(error)
+
+
+def serve(line: Line, pipeline: Pipeline) -> None:
+    """Begins batches as they come, while a thread waits for the device to finish them. Where `begin` computes there is
+    nothing to wait for, and a thread would be one more to wake.
+
+    Raises:
+        EOFError, ConnectionError: the service is gone.
+    """
+    if not pipeline.at_once:
+        threading.Thread(target=_answer_all, args=(line, pipeline), daemon=True).start()
+    while True:
+        pipeline.begin(*line.receive())
+        if pipeline.at_once:
+            line.send(*pipeline.finish())
+
+
+def _answer_all(line: Line, pipeline: Pipeline) -> None:
+    try:
         while True:
-            line.send(*worker.answer(*line.receive()))
-    except (EOFError, ConnectionError):
-        flush()
-        os._exit(0)
+            line.send(*pipeline.finish())
+    except Exception as error:
+        _leave(error)
 
 
-class _Worker:
-    def __init__(self, begin: BeginModel, memory: Shared) -> None:
-        self._on_cpu = torch.device(begin.device).type == "cpu"
-        self._thread_counts = begin.threads
-        self._set_threads(self._thread_counts[0])
-        folder = Path(begin.folder)
-        self._model: BridleModel | Classifier
-        if is_classifier(folder):
-            self._model = load_classifier(folder, device=begin.device, dtype=begin.dtype)
-        else:
-            self._model = load(folder, device=begin.device, dtype=begin.dtype)
-        self._shape = begin.shape
-        slots = torch.frombuffer(memory, dtype=torch.float32)
-        self._whole_slots = slots.view(-1, begin.slot_bytes // 4)
-        self._slots = self._whole_slots[:, : int(np.prod(self._shape))]
-        self._max_batch = begin.max_batch
-        if begin.compile:
-            self._compile()
+def _leave(error: Exception) -> NoReturn:
+    """Ends the process, whichever thread cannot go on."""
+    gone = isinstance(error, EOFError | ConnectionError)
+    if not gone:
+        log("error", "a model process cannot go on", error=repr(error))
+    flush()
+    os._exit(0 if gone else 1)
 
-    def _compile(self) -> None:
+
+def _loaded(begin: BeginModel) -> BridleModel | Classifier:
+    folder = Path(begin.folder)
+    if torch.device(begin.device).type == "cpu":
+        torch.set_num_threads(begin.threads[0])
+    model: BridleModel | Classifier
+    if is_classifier(folder):
+        model = load_classifier(folder, device=begin.device, dtype=begin.dtype)
+    else:
+        model = load(folder, device=begin.device, dtype=begin.dtype)
+    if begin.compile:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes that stays for good
         tqdm.set_lock(threading.RLock())  # torch's tracer has tqdm take a semaphore, reported as leaked at the end
-        for module in self._modules():
+        for module in _modules(model):
             if isinstance(module, Encoder):
                 module.compile(dynamic=True)
+    return model
 
-    def _modules(self) -> Iterator[nn.Module]:
-        if isinstance(self._model, Classifier):
-            return self._model.module.modules()
-        return chain(self._model.encoder.modules(), self._model.tokenizer.modules())
 
-    def _warm_up_classifier(self, classifier: Classifier, batches: list[Tensor]) -> ModelReady:
-        positions = classifier.module.encoder.patch.count(batches[0])
-        for threads in self._thread_counts:
-            self._set_threads(threads)
-            for clips in batches:
-                for valid in (positions, positions - 1):
-                    classifier.probabilities(clips, [valid] * len(clips))
-        return ModelReady(VERSION, classifier.info, codes_depend_on_batch=False)
+def _modules(model: BridleModel | Classifier) -> Iterator[nn.Module]:
+    if isinstance(model, Classifier):
+        return model.module.modules()
+    return chain(model.encoder.modules(), model.tokenizer.modules())
 
-    def warm_up(self) -> ModelReady:
-        """Runs the smallest and largest batch at each number of threads, and compares a clip's codes."""
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randn([self._max_batch, self._slots.shape[1]], generator=generator)
-        # Rows are chosen as for a request: torch.compile guards the tensor that a view is made from, too.
-        clips = self._clips(rows, list(range(len(rows))))
-        singles = [self._clips(rows, [i]) for i in range(min(2, len(rows)))]
-        if isinstance(self._model, Classifier):
-            return self._warm_up_classifier(self._model, [clips, singles[0]])
-        found = []
-        for threads in self._thread_counts:
-            self._set_threads(threads)
-            alone = torch.cat([self._model.codes(clip) for clip in singles])
-            found += [alone, self._model.codes(clips)[: len(alone)]]
-            self._model.embed(clips)
-            self._model.embed(singles[0])
-            for padded in (clips, singles[0]):  # with padding attention has a mask, which is another graph
-                valid = [alone.shape[1] - 1] * len(padded)
-                self._model.codes(padded, valid)
-                self._model.embed(padded, valid)
-        same = all(torch.equal(found[0], codes) for codes in found)
-        return ModelReady(VERSION, self._model.info, codes_depend_on_batch=not same)
 
-    def _clips(self, rows: Tensor, chosen: list[int]) -> Tensor:
-        return rows[chosen].view(-1, *self._shape)
+def _warm_up(model: BridleModel | Classifier, begin: BeginModel) -> ModelReady:
+    """Runs the smallest and largest batch at each number of threads, with padding (then attention has a mask, which is
+    another graph) and without, and compares a clip's codes. Batches go the same way as in service, in slots of ours."""
+    generator = torch.Generator().manual_seed(0)
+    slots = torch.randn([begin.max_batch, begin.slot_bytes // 4], generator=generator)
+    pipeline = Pipeline(model, slots, begin.shape, begin.max_batch)
+    encoder = model.module.encoder if isinstance(model, Classifier) else model.encoder
+    positions = encoder.patch.count(torch.empty(1, *begin.shape))
+    few, every = [[slot] for slot in range(min(2, begin.max_batch))], list(range(begin.max_batch))
 
-    def _set_threads(self, threads: int) -> None:
-        if self._on_cpu:
-            torch.set_num_threads(threads)
+    def run(operation: Operation, threads: int, batches: list[list[int]], valid: int) -> list[np.ndarray]:
+        return _answers(pipeline, [Forward(operation, threads, slots, [valid] * len(slots)) for slots in batches])
 
-    def answer(self, message: Forward | Dequantize, payload: bytearray) -> tuple[Message, Buffer]:
-        """One batch; a failure is an answer too, for it concerns this batch only."""
-        began = time.perf_counter()
-        try:
-            found = self._run(message, payload)
-            if isinstance(message, Forward) and message.operation == "embed":
-                self._whole_slots[message.slots, : found[0].numel()] = found.flatten(1).cpu()
-                return Result(list(found.shape), "float32", time.perf_counter() - began), b""
-            array = np.ascontiguousarray(found.cpu().numpy())
-        except Exception as error:  # of this batch, whatever it is: the process goes on
-            return fault_of(error, traceback.format_exc()), b""
-        kind: Literal["int32", "float32"] = "int32" if array.dtype == np.int32 else "float32"
-        result = Result(list(array.shape), kind, time.perf_counter() - began)
-        return result, array.reshape(-1).view(np.uint8).data
+    if isinstance(model, Classifier):
+        for threads, valid in product(begin.threads, (positions, positions - 1)):
+            run("classify", threads, [every, few[0]], valid)
+        return ModelReady(VERSION, model.info, codes_depend_on_batch=False)
+    found = []
+    for threads in begin.threads:
+        *alone, together = run("codes", threads, [*few, every], positions)
+        found += [np.concatenate(alone), together[: len(few)]]
+        run("codes", threads, [every, few[0]], positions - 1)
+    for threads, valid in product(begin.threads, (positions, positions - 1)):
+        run("embed", threads, [every, few[0]], valid)  # last, for embeddings take their clips' place
+    same = all(np.array_equal(found[0], codes) for codes in found)
+    return ModelReady(VERSION, model.info, codes_depend_on_batch=not same)
 
-    def _run(self, message: Forward | Dequantize, payload: bytearray) -> Tensor:
-        self._set_threads(message.threads)
-        if isinstance(self._model, Classifier):
-            if isinstance(message, Dequantize):
-                raise ValueError("a classifier has no codes")
-            return self._model.probabilities(self._clips(self._slots, message.slots), message.valid)
-        if isinstance(message, Dequantize):
-            return self._model.dequantize(torch.frombuffer(payload, dtype=torch.int64).view(message.shape))
-        clips = self._clips(self._slots, message.slots)
-        if message.operation == "embed":
-            return self._model.embed(clips, message.valid)
-        return self._model.codes(clips, message.valid).to(torch.int32)
+
+def _answers(pipeline: Pipeline, batches: list[Forward]) -> list[np.ndarray]:
+    """What comes of batches, all of them under way at once, so that torch has pinned memory for as many."""
+    for batch in batches:
+        pipeline.begin(batch, bytearray())
+    found = []
+    for answer, payload in [pipeline.finish() for _ in batches]:
+        if isinstance(answer, Fault):
+            raise RuntimeError(answer.message)
+        if payload:
+            found.append(array_of(answer, bytes(payload)))
+    return found

@@ -242,6 +242,75 @@ async def test_few_windows_are_not_shared_out_where_a_batch_costs_more_than_they
         task.cancel()
 
 
+def asking(bench: Bench, busy: list[bool]) -> asyncio.Task[list[QueueEntry]]:
+    """A process that asks for a batch, and has another one under way while `busy` holds anything."""
+    return asyncio.create_task(bench.batcher.next_batch(lambda: bool(busy)))
+
+
+@in_loop
+async def test_a_busy_process_gets_windows_when_a_batch_of_them_is_worth_it() -> None:
+    bench = Bench(max_batch=8)
+    bench.batcher.learn(least=3)
+    waiting = asking(bench, [True])
+    entries = [bench.put(), bench.put()]
+    await asyncio.sleep(0.02)
+    assert not waiting.done()
+    entries.append(bench.put())
+    assert await waiting == entries
+    few = Bench(max_batch=2)
+    few.batcher.learn(least=5)
+    waiting = asking(few, [True])
+    full = [few.put(), few.put()]
+    assert await waiting == full
+
+
+@in_loop
+async def test_windows_too_few_for_a_busy_process_run_when_its_batch_is_answered() -> None:
+    bench, busy = Bench(max_batch=8, max_wait=0.0), [True]
+    bench.decoding = 1
+    bench.batcher.learn(least=3)
+    waiting = asking(bench, busy)
+    only = bench.put()
+    await asyncio.sleep(0.02)  # longer than a window may wait for others
+    assert not waiting.done()
+    busy.clear()
+    bench.batcher.look()
+    assert await waiting == [only]
+
+
+@in_loop
+async def test_a_busy_process_too_waits_for_windows_being_decoded() -> None:
+    bench = Bench(max_batch=4)
+    bench.decoding = 1
+    waiting = asking(bench, [True])
+    entries = [bench.put()]
+    await asyncio.sleep(0.02)
+    assert not waiting.done()
+    entries += [bench.put() for _ in range(3)]
+    assert await waiting == entries
+
+
+@in_loop
+async def test_a_busy_process_leaves_windows_to_an_idle_one_and_takes_what_that_leaves() -> None:
+    bench = Bench(max_batch=2)
+    busy = asking(bench, [True])
+    await asyncio.sleep(0)
+    idle = asking(bench, [])
+    await asyncio.sleep(0)
+    entries = [bench.put() for _ in range(4)]
+    assert await idle == entries[:2]
+    assert await busy == entries[2:]
+
+
+@in_loop
+async def test_codes_to_dequantize_gather_nobody_and_go_to_a_busy_process() -> None:
+    bench = Bench(max_batch=8)
+    bench.batcher.learn(least=5)
+    waiting = asking(bench, [True])
+    one = bench.put("dequantize", slot=None, codes=np.zeros((1, 1), np.int64))
+    assert await waiting == [one]
+
+
 def test_a_batch_has_so_many_clips_as_have_a_batchs_positions() -> None:
     assert [largest_batch(positions, ["cpu#0"]) for positions in (16, 196, 1000)] == [64, 8, 4]
     assert [largest_batch(positions, ["cuda:0#0"]) for positions in (196, 1000)] == [64, 16]

@@ -5,16 +5,14 @@ Tensors of FakeTensorMode have a device and no data: what would read one raises,
 
 from __future__ import annotations
 
-import traceback
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
 import torch
+from crossings import Crossings
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bridle.config import JointPhase, recipe_from_mapping
 from bridle.modeling.bridle import Components
@@ -29,22 +27,6 @@ MODALITIES = {
     "image": (PatchShape(3, (16, 16)), (80, 80), "swin"),
     "video": (PatchShape(3, (2, 16, 16)), (8, 48, 48), "transformer"),
 }
-
-
-class Crossings(TorchDispatchMode):
-    """Counts operations that wait for a device, or have tensors of two (or of the host) at hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)}
-        if "cpu" in devices or "_local_scalar_dense" in str(func):
-            lines = [frame for frame in traceback.extract_stack() if "/bridle/" in frame.filename]
-            self.found[f"{func} at {lines[-1].filename}:{lines[-1].lineno}" if lines else str(func)] += 1
-        return out
 
 
 def job_of(kind: str, modality: str) -> PhaseJob:
