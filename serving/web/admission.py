@@ -117,8 +117,10 @@ class Admission:
                 del taken[client]
         if self._counts is not None:
             self._counts.move(client, files, size)
-        self._metrics.queued.set(self._files.total())
-        self._metrics.upload_bytes.set(self._bytes.total())
+        if files:
+            self._metrics.queued.set(self._files.total())
+        if size:
+            self._metrics.upload_bytes.set(self._bytes.total())
 
     def _busy(self, detail: str) -> ProblemError:
         return ProblemError("busy", f"{detail}; wait as Retry-After says", retry_after=self.retry_after)

@@ -169,7 +169,8 @@ class _Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            await self._read_leftover()
+            if self._unread:
+                await self._read_leftover()
             self._started = True
             self.status = message["status"]
             added = [(b"x-request-id", self.id.encode()), *SECURITY]
