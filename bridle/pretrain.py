@@ -7,6 +7,7 @@ deepspeed bridle/pretrain.py --deepspeed_config ds_configs/zero2.json [--recipe 
 from __future__ import annotations
 
 import argparse
+import atexit
 import glob
 import json
 import logging
@@ -89,7 +90,9 @@ def begin(program: str, script: str, job: Callable[[StopRequest, ForeignWarnings
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost peer costs pages of C++ frames
     from bridle.cli import report_mistakes
 
-    return report_mistakes(program, lambda: job(stop, foreign))
+    code = report_mistakes(program, lambda: job(stop, foreign))
+    atexit.register(stop.over)
+    return code
 
 
 def pretrain(args: argparse.Namespace, stop: StopRequest, foreign: ForeignWarnings) -> int:

@@ -61,6 +61,12 @@ class StopRequest:
         threading.Thread(target=self._watch, args=(read, Launcher()), name="bridle-stop", daemon=True).start()
         return self
 
+    def over(self) -> None:
+        """From here on the exit code stands. While Python shuts down, which takes torch seconds, it gives signals their
+        default action back: a launcher that ends the others of a lost rank would be told of a death by SIGTERM."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Inside, a request only sets `asked`: the code inside looks at it, saves and raises StoppedError."""

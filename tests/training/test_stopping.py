@@ -6,6 +6,7 @@ import json
 import resource
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,26 @@ def test_a_signal_in_an_evaluation_ends_it_and_the_evaluation_is_made_up_for_onc
     assert len(rows(run)) == 2  # made up for, and lost again: its checkpoint is from before
     pretrain(run, *given)
     assert rows(run) == rows(other)
+
+
+LATE = """
+import os, signal, sys
+from bridle.pretrain import begin
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
+        kill(pid, number)
+last = Last()  # goes when Python has given signals their default action back
+sys.exit(begin("pretrain", __file__, lambda stop, foreign: int(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1, 75])
+def test_a_signal_while_python_shuts_down_changes_no_exit_code(tmp_path, code):
+    """A launcher ends the others when a rank has lost its peer: they are at their own end already, with 75."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    done = subprocess.run([sys.executable, str(script), str(code)], check=False, timeout=300)
+    assert done.returncode == code
 
 
 def wait_for_end(what: Callable[[], object], run: Path) -> None:
