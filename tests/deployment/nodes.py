@@ -105,12 +105,15 @@ class Pod:
 
     def delete(self, grace: float | None = None) -> int:
         """What `kubectl delete pod [--grace-period]` does; the exit code."""
-        os.kill(self.first(), signal.SIGTERM)
+        seconds = self.grace if grace is None else grace
         try:
-            return self.process.wait(self.grace if grace is None else grace)
+            if seconds:  # else a busy machine may give it some
+                os.kill(self.first(), signal.SIGTERM)
+                return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.kill(self.first(), signal.SIGKILL)
-            return self.process.wait(30)
+            pass
+        os.kill(self.first(), signal.SIGKILL)
+        return self.process.wait(300)
 
 
 @dataclass
