@@ -41,14 +41,16 @@ class StepTimes:
         """What a row says of speed; see docs/training.md, "Metrics". All ranks must call it, when a row is due."""
         spent = [self.parts.seconds()[part] for part in PARTS]
         seconds = max(time.perf_counter() - self.start, 1e-9)
-        mine = torch.tensor([*spent, peak_memory(self.ranks.device)], dtype=torch.float64, device=self.ranks.device)
+        measured = [*spent, seconds, peak_memory(self.ranks.device)]
+        mine = torch.tensor(measured, dtype=torch.float64, device=self.ranks.device)
         table = self.ranks.gather(mine[None]).cpu()
+        shares = table[:, : len(PARTS)] / table[:, len(PARTS), None]  # of a rank's own time: ranks begin a row apart
         clips, alone = self.steps * batch_size / seconds, table[:, :BEFORE_OTHERS].sum(1)
         achieved = clips * rate.flops / self.ranks.world
         return {
             "samples_per_second": clips,
             "step_seconds": seconds / max(1, self.steps),
-            **dict(zip(PARTS, (table[:, : len(PARTS)].mean(0) / seconds).tolist(), strict=True)),
+            **dict(zip(PARTS, shares.mean(0).tolist(), strict=True)),
             "straggling": float(alone.max() / alone.quantile(0.5).clamp(min=1e-9)),
             "memory_bytes": float(table[:, -1].max()),
             "flops_per_second": achieved,

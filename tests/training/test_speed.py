@@ -21,7 +21,7 @@ class Gathered(Ranks):
     """Three ranks of which this one is the first; the others' rows are made up."""
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.cat([values, values * 1.0, values * torch.tensor([4.0, 4.0, 1, 1, 1, 2])])
+        return torch.cat([values, values * 1.0, values * torch.tensor([4.0, 4.0, 1, 1, 1, 2, 2])])
 
 
 def test_parts_are_shares_of_the_time_and_the_slowest_rank_stands_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,8 +36,8 @@ def test_parts_are_shares_of_the_time_and_the_slowest_rank_stands_out(monkeypatc
     times.steps = 2
     row = times.rates(30, Rate(flops=6.0, peak=100.0))
     assert row["step_seconds"] == pytest.approx(0.16 / 2)
-    assert row["forward"] / row["backward"] == pytest.approx(2 * 0.04 / 0.03)
-    assert row["backward"] * 2 * row["step_seconds"] == pytest.approx(0.03)
+    assert row["forward"] == pytest.approx((0.04 / 0.16 + 0.04 / 0.16 + 0.16 / 0.32) / 3)  # each of a rank's own time
+    assert row["backward"] == pytest.approx((0.03 / 0.16 + 0.03 / 0.16 + 0.03 / 0.32) / 3)
     assert row["straggling"] == pytest.approx(4.0)
     assert row["flops_per_second"] == pytest.approx(row["samples_per_second"] * 6.0 / 3)
     assert row["mfu"] == pytest.approx(row["flops_per_second"] / 100.0)
@@ -59,7 +59,7 @@ def test_rows_tensorboard_and_prometheus_say_where_the_time_of_two_ranks_goes(tm
         assert [rank.wait(300) for rank in ranks] == [75, 75]
     found = [row for row in rows(run, with_times=True) if row["split"] == "train"]
     shares = [sum(row[part] for part in PARTS) for row in found]
-    assert 0.3 < max(shares) <= 1.0  # a rank that a busy machine kept waiting has a row of its own
+    assert 0.3 < max(shares) < 1.0 + 1e-9  # a rank that a busy machine kept waiting has a row of its own
     assert all(row[part] > 0 for row in found for part in PARTS)
     assert 1.0 <= min(row["straggling"] for row in found) < 50
     assert all(0 < row["mfu"] < 1.5 for row in found)
