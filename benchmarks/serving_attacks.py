@@ -210,6 +210,7 @@ def attacks(content: bytes) -> dict[str, Callable[[], Attack]]:
         "64 bodies that dribble": lambda: dribbling(64),
         "JPEGs of 400 scans": lambda: over_and_over(request("/tokenize", many_scans(400), **hurried), 4),
         "a million PNG chunks": lambda: over_and_over(request("/tokenize", many_chunks(1_000_000)), 4),
+        "as many bytes, of nothing": lambda: over_and_over(request("/tokenize", bytes(len(many_chunks(1_000_000)))), 4),
         "pictures of 7000 x 7000": lambda: over_and_over(request("/tokenize", large_picture()), 4),
         "4,200 idle connections": lambda: idle(4200),
         "64 files a request, 16 clients": lambda: over_and_over(request("/tokenize", form(content, 64), **as_form), 16),
