@@ -41,8 +41,7 @@ class SharedCores:
         return list(dict.fromkeys((self._alone, self._crowded)))
 
     def learn(self, seconds: Mapping[int, float]) -> None:
-        """Leaves threads alone that win little. seconds: what a clip by itself took with each of
-        `counts`."""
+        """Leaves threads alone that win little. seconds: what a clip by itself took with each of `counts`."""
         best = min(seconds.values())
         self._alone = min(count for count, took in seconds.items() if took <= WORTH * best)
 
