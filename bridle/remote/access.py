@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import functools
 import logging
+import os
 import re
 import time
 from collections.abc import Callable
@@ -163,7 +165,10 @@ def file_system(url: str) -> tuple[Any, str]:
     try:
         if scheme in WEB:  # the URL as it stands: "::" in it is no chain of file systems
             return fsspec.filesystem(scheme, client_kwargs=_web_client()), url
-        options = {"config_kwargs": _s3_client()} if scheme == "s3" else {}
+        options = {}
+        if scheme == "s3":
+            _forget_s3_of_another(frozenset(item for item in os.environ.items() if item[0].startswith("AWS_")))
+            options = {"config_kwargs": _s3_client()}
         fs, path = fsspec.url_to_fs(url, use_listings_cache=False, **options)
     except ImportError as error:
         extra = EXTRAS.get(scheme)
@@ -185,6 +190,14 @@ def _web_client() -> dict[str, Any]:
         "trust_env": True,  # proxies and .netrc
         "headers": {"Accept-Encoding": "identity"},  # else the size told is not the size received
     }
+
+
+@functools.lru_cache(maxsize=1)
+def _forget_s3_of_another(environment: frozenset[tuple[str, str]]) -> None:
+    """Called with the same settings as before, does nothing. fsspec keeps a connection made with others for good."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def _s3_client() -> dict[str, Any]:
