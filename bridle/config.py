@@ -17,6 +17,9 @@ from bridle.settings import JudgedByContent, MayChange, RecipeError, Settings, n
 Positive = Annotated[int, Field(gt=0)]
 MAY_CHANGE, JUDGED_BY_CONTENT = MayChange(), JudgedByContent()
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+SEEDS = 9 * 10**14
+"""Seeds of a run are below it, so that those of its parts (`phase_seed`) fit 63 bits."""
 
 
 class TransformerSettings(Settings):
@@ -163,7 +166,7 @@ class TrainSettings(Settings):
     """Clips per optimizer step over all ranks and accumulation steps."""
     micro_batch_size: Annotated[Positive | None, MAY_CHANGE] = None
     """Clips per forward pass and rank at most; none: batch_size over the number of ranks."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's betas."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """AdamW's decay of matrices; biases and norms have none."""
@@ -177,7 +180,7 @@ class TrainSettings(Settings):
     """Optimizer steps between two held-out evaluations; 0: only at the end of a phase."""
     evaluate_clips: Annotated[Positive, MAY_CHANGE] = 256
     """Held-out clips looked at, at most."""
-    collective_timeout: Annotated[float, Field(gt=0), MAY_CHANGE] = 600.0
+    collective_timeout: Annotated[float, Field(gt=0, le=1e9), MAY_CHANGE] = 600.0
     """Seconds that ranks wait for each other, at the start and in a step; then the run ends, naming who is missing."""
     compile: Annotated[bool, MAY_CHANGE] = False
     """Have torch compile the transformers' blocks: minutes at the start, then fewer kernels. Not with ZeRO stage 3."""
@@ -265,7 +268,7 @@ class RunSettings(Settings):
 
     modality: str
     """Name in the registry of modalities."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] = 0
     """Seed of weights, order, augmentation and masks."""
     clip: dict[str, Any] = Field(default_factory=dict)
     """The modality's own settings (see bridle/modalities/)."""
@@ -292,6 +295,11 @@ class Recipe(RunSettings):
                 raise ValueError(f"phases.{i} is a joint phase without a cold start before it to compare with")
             if phase.kind == "tokenizer" and not seen & {"encoder", "joint"}:
                 raise ValueError(f"phases.{i} is a tokenizer phase without an encoder before it to learn from")
+            if isinstance(phase, EncoderPhase) and phase.soft_codes > self.model.quantizer.codebook_size:
+                raise ValueError(
+                    f"phases.{i}.soft_codes {phase.soft_codes} is more than the"
+                    f" {self.model.quantizer.codebook_size} codes of a codebook (model.quantizer.codebook_size)"
+                )
             seen.add(phase.kind)
         return self
 
@@ -350,9 +358,9 @@ def _expand_size(model: Mapping[str, Any], where: str) -> dict[str, Any]:
     size = model.pop("size", None)
     if size is None:
         return model
-    if size not in SIZES:
+    if str(size) not in SIZES:
         raise RecipeError(f"recipe {where}: model.size '{size}' is unknown{nearest(str(size), SIZES)}")
-    for part, defaults in SIZES[size].items():
+    for part, defaults in SIZES[str(size)].items():
         given = model.get(part, {})
         if isinstance(given, Mapping):
             model[part] = {**defaults, **given}

@@ -99,8 +99,9 @@ def load_finetune_recipe(name: str, overrides: Iterable[str] = ()) -> FinetuneRe
     raw = read_recipe_file(name, overrides, BELOW)
     encoder = raw.get("encoder")
     if isinstance(encoder, dict) and "size" in encoder:
-        if encoder["size"] not in SIZES:
-            raise RecipeError(f"recipe {name}: encoder.size '{encoder['size']}' is unknown{nearest('', SIZES)}")
+        size = str(encoder["size"])
+        if size not in SIZES:
+            raise RecipeError(f"recipe {name}: encoder.size '{size}' is unknown{nearest('', SIZES)}")
         rest = {key: value for key, value in encoder.items() if key != "size"}
-        raw["encoder"] = {**SIZES[encoder["size"]]["encoder"], **rest}
+        raw["encoder"] = {**SIZES[size]["encoder"], **rest}
     return parse_settings(FinetuneRecipe, raw, f"recipe {name}")

@@ -21,9 +21,11 @@ class JudgedByContent:
 
 
 class Settings(BaseModel):
-    """Base of all settings: immutable, keyword-only, unknown keys refused."""
+    """Base of all settings: immutable, keyword-only, unknown keys and numbers that are not finite refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class RecipeError(MistakeError):

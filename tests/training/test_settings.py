@@ -6,6 +6,7 @@ import itertools
 import math
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from launching import TINY, pretrain
 
 from bridle import pretrain as door
 from bridle.config import TrainSettings, load_recipe
+from bridle.data.order import SampleOrder
 from bridle.evaluation.run_folder import read_run
 from bridle.modalities import build_modality
 from bridle.recipe_files import shipped_recipes
@@ -48,6 +50,13 @@ def refused(capsys, *arguments: str) -> str:
         (["model.quantizer.norm=always"], "model.quantizer.norm"),
         (['data.sources=[{"kind": "shards", "shards": ["a.tar", 3]}]'], "'data.sources.0.shards.1'"),
         (["phases=[{kind: cold_start, epochs: 1, lr: x}]"], "'phases.0.lr'"),
+        (["phases.1.steps=null", "phases.1.epochs=.inf"], "'phases.1.epochs' = inf: Input should be a finite number"),
+        (["phases.1.lr=.inf"], "'phases.1.lr' = inf"),
+        (["train.betas=[0.9, 1.5]"], "'train.betas.1' = 1.5: Input should be less than 1"),
+        (["train.collective_timeout=1.0e+30"], "'train.collective_timeout' = 1e+30: Input should be less than"),
+        (["phases.1.soft_codes=100000"], "phases.1.soft_codes 100000 is more than the"),
+        (["seed=1000000000000000"], "'seed' = 1000000000000000: Input should be less than 900000000000000"),
+        (["model.size=[tiny]"], "did you mean 'tiny'?"),
     ],
 )
 def test_a_wrong_argument_is_one_clear_line(capsys, arguments, expected):
@@ -213,6 +222,12 @@ def test_a_damaged_recipe_of_a_run_is_told_alike_by_all_who_read_it(text, tmp_pa
     for reader in (read_run, read_run_recipe, lambda run: look(str(run))):
         with pytest.raises(RecipeError, match=r"recipe\.yaml: (not valid YAML|found .*, expected a mapping)"):
             reader(tmp_path)
+
+
+def test_the_largest_seed_is_one_to_draw_with():
+    largest = phase_seed(load_recipe("audio-mini", ["seed=899999999999999"]).seed, 999, max(SeedPart))
+    torch.Generator().manual_seed(largest)
+    SampleOrder([8], largest, 2, 2).locate(9)
 
 
 def test_no_two_parts_of_a_run_share_a_seed():
