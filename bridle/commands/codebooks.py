@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
+from bridle.commands.local_path import local_path
 from bridle.commands.options import add_model_arguments, load_model
 
 HELP = "usage, entropy, dead codes, error and norms of a model's codebooks over a data set"
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="tars: paths, globs, braces, s3://…, https://…, pipe:, builtin:audio",
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="write codebooks.json and code_norms.png there")
+    parser.add_argument("--out", metavar="DIR", type=local_path, help="write codebooks.json and code_norms.png there")
     parser.add_argument("--workers", metavar="N", type=_count, default=1, help="decoding processes (default: 1)")
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bridle.commands.local_path import local_path
+
 HELP = "write a page and JSON about a tokenized corpus: entropies, duplicates, runs, n-grams"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument("corpus", metavar="CODES", help="folder or s3:// address that `bridle tokenize --out` wrote")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="for corpus.html and corpus.json")
+    parser.add_argument("--out", metavar="DIR", type=local_path, default=Path(), help="for corpus.html and corpus.json")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
+from bridle.commands.local_path import local_path
 from bridle.errors import MistakeError
 
 HELP = "write the model folder of a run's finished iteration"
@@ -15,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument("run", metavar="RUN", help="run folder, such as runs/audio-mini or s3://BUCKET/PREFIX")
     parser.add_argument(
-        "target", metavar="MODEL_DIR", type=Path, help="folder to write; an older model there is replaced"
+        "target", metavar="MODEL_DIR", type=local_path, help="folder to write; an older model there is replaced"
     )
     parser.add_argument("--licence", metavar="NAME", help="of the weights, for the model's card, e.g. cc-by-4.0")
     parser.add_argument(

@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from bridle.commands.local_path import local_path
 from bridle.data import fetch
 from bridle.files import sha256, whole_folder
 from bridle.remote.access import is_url, shown, unknown_scheme
@@ -21,7 +22,7 @@ FILES = ("config.json", "model.safetensors")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument("url", metavar="URL", help="of the folder: s3://bucket/models/audio, https://host/models/audio")
-    parser.add_argument("target", metavar="MODEL_DIR", type=Path, help="folder to write, whole or not at all")
+    parser.add_argument("target", metavar="MODEL_DIR", type=local_path, help="folder to write, whole or not at all")
     parser.add_argument(
         "--sha256",
         metavar="HEX",

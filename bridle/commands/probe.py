@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridle.commands.local_path import local_path
 from bridle.commands.options import add_model_arguments, load_model
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folds", metavar="K", type=folds_number, default=5, help="folds, 2 or more (default: 5)")
     parser.add_argument("--seed", type=whole_number, default=0, help="of folds and bootstrap draws (default: 0)")
     parser.add_argument("--fast", action="store_true", help="without the paper's linear probe, which is trained")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="write probe.json and probe.html there")
+    parser.add_argument("--out", metavar="DIR", type=local_path, help="write probe.json and probe.html there")
     parser.add_argument("--workers", metavar="N", type=whole_number, default=1, help="decoding processes (default: 1)")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+
+from bridle.commands.local_path import local_path
 
 HELP = "write a run's curves, codebook usage and a few clips with their codes as one HTML page"
 
@@ -12,7 +13,7 @@ HELP = "write a run's curves, codebook usage and a few clips with their codes as
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument("run", metavar="RUN", help="run folder, such as runs/audio-mini or s3://BUCKET/PREFIX")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="where to write it (default: RUN/report.html)")
+    parser.add_argument("--out", metavar="FILE", type=local_path, help="where to write it (default: RUN/report.html)")
 
 
 def run(args: argparse.Namespace) -> int:

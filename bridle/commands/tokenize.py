@@ -16,6 +16,7 @@ from bridle.commands.options import add_model_arguments, load_model
 from bridle.files import whole_file
 from bridle.modalities.clip import ClipError
 from bridle.model_folder import BridleModel, CodeStream
+from bridle.remote.access import is_url
 from bridle.settings import RecipeError
 
 HELP = "turn files into codes: JSON lines on the screen, or with --out a data set for language models"
@@ -114,6 +115,9 @@ def _check(args: argparse.Namespace) -> None:
             f"{'--verify' if args.verify else f'--format {args.format}'} is for files; give --out DIR too"
         )
     if args.out is not None:
+        if is_url(args.out) or args.verify:
+            asked = "--verify" if args.verify else f"--out {args.out}"
+            raise RecipeError(f"{asked}: not with --format npz, which writes files to a folder of this machine")
         double = [name for name, count in Counter(path.name for path in args.inputs).items() if count > 1]
         if double:
             raise RecipeError(

@@ -13,6 +13,7 @@ from bridle.settings import RecipeError
 
 FORMATS = ("parquet", "webdataset", "megatron", "jsonl")
 LAYOUTS = ("interleaved", "delay", "coarse_first", "parallel")
+MAX_PORT = 65535
 _RANKS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
@@ -113,11 +114,14 @@ def _tokenize(args: argparse.Namespace, model: Any, rank: int, world: int, local
         raise RecipeError("INPUT: give shards, files or a folder to tokenize")
     if not 0 <= args.max_corrupt <= 1 or not args.lease > 0:
         raise RecipeError("--max-corrupt is a share from 0 to 1, --lease a number of seconds above 0")
+    port = args.metrics_port + local if args.metrics_port else 0
+    if port > MAX_PORT:
+        raise RecipeError(f"--metrics-port {args.metrics_port}: with local rank {local} port {port}, above {MAX_PORT}")
     logging.basicConfig(format="bridle tokenize: %(message)s")
     logging.getLogger("bridle").setLevel(logging.INFO)
     prepared = prepare(model, args.inputs, args.out, _settings(args))
     state = State(prepared, args.max_corrupt)
-    watch = _Watch(state, args.metrics_port + local if args.metrics_port else 0)
+    watch = _Watch(state, port)
     try:
         if args.engine == "ray":
             from bridle import ray

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 HELP = "write one id space for the codes of several models, and a tokenizer that knows them"
 
@@ -44,5 +43,5 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{name}: ids {ids.offset} to {ids.offset + ids.size - 1}, {ids.codebooks} codebooks of {ids.codebook_size}"
         )
-    print(f"padding: {space.pad}; {space.size} ids in all, written to {Path(args.out) / VOCABULARY}")
+    print(f"padding: {space.pad}; {space.size} ids in all, written to {store.shown(VOCABULARY)}")
     return 0

@@ -14,7 +14,7 @@ from bridle.settings import RecipeError
 from bridle.tokens.documents import PLAIN, Documents, Template
 from bridle.tokens.formats import FORMATS, check_format
 from bridle.tokens.layouts import Vocabulary
-from bridle.tokens.parts import JOB, MANIFEST, Part, manifest
+from bridle.tokens.parts import JOB, MANIFEST, PARTS, Part, manifest
 from bridle.tokens.sources import FILES_OF_A_UNIT, FileInputs, Inputs, open_inputs
 from bridle.tokens.store import Store
 from bridle.tokens.text import bare_tokenizer, extend, read_tokenizer, text_size, tokenizer_files
@@ -87,6 +87,7 @@ def prepare(model: BridleModel, words: Sequence[str], out: str, settings: Settin
     about = _about(model, documents, settings, batch, inputs)
     store = Store(out)
     _agree(store, about)
+    _refuse_others(store, inputs)
     _publish(store, about, space, tokenizer)
     return Prepared(store, inputs, documents, settings.kind, batch, about)
 
@@ -215,6 +216,19 @@ def _agree(store: Store, about: dict[str, Any]) -> None:
                     "give what it was, or choose another --out"
                 )
     raise MistakeError(f"{store.shown(JOB)}: not what this job would write; choose another --out")
+
+
+def _refuse_others(store: Store, inputs: Inputs) -> None:
+    """Refuses inputs that lack some of those done before: the manifest would not name their outputs, and readers of the
+    manifest and of `data/` would find different samples."""
+    given = {f"{unit.name}.json" for unit in inputs.units}
+    others = sorted(store.sizes(PARTS).keys() - given)
+    if others:
+        name = others[0].removesuffix(".json")
+        raise MistakeError(
+            f"{store.address}: holds outputs of {len(others)} inputs that are not given now, such as {name}; give "
+            f"those too, choose another --out, or delete their files in {PARTS}/ and data/"
+        )
 
 
 def _publish(store: Store, about: dict[str, Any], space: IdSpace, tokenizer: Tokenizer | None) -> None:

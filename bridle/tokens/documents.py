@@ -11,7 +11,7 @@ import numpy as np
 
 from bridle.settings import RecipeError
 from bridle.tokens.layouts import Ids
-from bridle.tokens.records import Record
+from bridle.tokens.records import Record, utf8
 from bridle.tokens.text import text_ids
 from bridle.tokens.vocabulary import PARALLEL, IdSpace
 
@@ -69,7 +69,7 @@ def _value(record: Record, name: str) -> str | None:
     if name == CODES:
         return None
     if name == "key":
-        return record.key
+        return utf8(record.key)
     if name == "label":
         return ", ".join(record.labels)
     if name == "caption":
@@ -81,7 +81,7 @@ def _value(record: Record, name: str) -> str | None:
         value = value.get(step) if isinstance(value, dict) else None
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return utf8(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 class Documents:

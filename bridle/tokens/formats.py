@@ -26,7 +26,7 @@ from bridle.files import sha256
 from bridle.settings import RecipeError
 from bridle.tokens.documents import Documents
 from bridle.tokens.layouts import Ids
-from bridle.tokens.records import Record, code_type
+from bridle.tokens.records import Record, code_type, utf8
 from bridle.tokens.store import Store
 
 DATA = "data"
@@ -87,7 +87,7 @@ def describe(record: Record) -> dict[str, Any]:
     if record.duration_s is not None:
         found["duration_s"] = record.duration_s
     if record.labels:
-        found["labels"] = [utf8(label) for label in record.labels]
+        found["labels"] = record.labels
     if record.caption is not None:
         found["caption"] = record.caption
     if record.members:
@@ -100,11 +100,6 @@ def _as_text(content: bytes) -> Any:
         return content.decode()
     except UnicodeDecodeError:
         return {"base64": base64.b64encode(content).decode()}
-
-
-def utf8(text: str) -> str:
-    """Text that every reader takes: bytes of a name that are not UTF-8 become ``\\xNN``."""
-    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -130,11 +125,11 @@ def _write_tar(path: Path, records: Sequence[Record], rows: Sequence[Ids], docum
             about = {name: value for name, value in describe(record).items() if name in ("grid", "duration_s")}
             tar.write(
                 {
+                    **record.members,
                     "__key__": record.key,
                     "codes.npy": _npy(record.codes.T.astype(kind)),
                     "codes.json": json.dumps(about).encode(),
                     "ids.npy": _npy(ids.astype(np.int32)),
-                    **dict(sorted(record.members.items())),
                 }
             )
 
@@ -172,7 +167,7 @@ def table_of(records: Sequence[Record], rows: Sequence[Ids], documents: Document
         "input_ids": ids,
         "grid": pa.array([record.grid for record in records], pa.struct([(axis, pa.int32()) for axis in axes])),
         "duration_s": pa.array([record.duration_s for record in records], pa.float64()),
-        "labels": pa.array([[utf8(label) for label in record.labels] for record in records], pa.list_(pa.string())),
+        "labels": pa.array([record.labels for record in records], pa.list_(pa.string())),
         "caption": pa.array([record.caption for record in records], pa.string()),
         "members": pa.array(members, pa.list_(member)),
     }

@@ -10,7 +10,8 @@ from typing import Any
 
 from bridle.errors import MistakeError
 from bridle.tokens.engine import Finished
-from bridle.tokens.formats import DATA, Written, utf8
+from bridle.tokens.formats import DATA, Written
+from bridle.tokens.records import utf8
 from bridle.tokens.sources import Inputs, Unit
 from bridle.tokens.store import Store
 

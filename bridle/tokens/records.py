@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,7 +48,9 @@ class Record:
         """`labels` or `label` of KEY.json as strings, else KEY.cls; empty without any."""
         about = self.about
         found = about.get("labels", about.get("label", (self.text("cls") or "").strip()))
-        return [str(label) for label in (found if isinstance(found, list) else [found]) if label not in ("", None)]
+        return [
+            utf8(str(label)) for label in (found if isinstance(found, list) else [found]) if label not in ("", None)
+        ]
 
     @property
     def caption(self) -> str | None:
@@ -55,7 +58,16 @@ class Record:
         if (text := self.text("txt")) is not None:
             return text.strip()
         found = self.about.get("caption", self.about.get("text"))
-        return found if isinstance(found, str) else None
+        return utf8(found) if isinstance(found, str) else None
+
+
+_HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
+
+def utf8(text: str) -> str:
+    """Text that every reader takes: bytes of a name that are not UTF-8 become ``\\xNN``, halves of characters, as a
+    caption that was cut in JSON may end with, U+FFFD."""
+    return _HALF.sub("\ufffd", text).encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def code_type(codebook_size: int) -> npt.DTypeLike:

@@ -196,14 +196,15 @@ def _planned(words: Sequence[str], modality: Modality) -> list[Planned]:
             if any(extension(file) in modality.extensions for file in files(path)):
                 found += [s for s in plan("folder", RawDataSet(path)).samples if s.extension in modality.extensions]
             continue
-        paths = [Path(name) for name in sorted(glob(word, recursive=True))] if GLOB & set(word) else [path]  # noqa: PTH207
+        is_glob = bool(GLOB & set(word)) and not path.is_file()  # a shell gives names such as "a [1].wav" as they are
+        paths = [Path(name) for name in sorted(glob(word, recursive=True))] if is_glob else [path]  # noqa: PTH207
         named = [file for file in paths if file.is_file()]
         if not named:
             raise ShardError(f"'{word}': no such file or folder, and no shard; check the path")
         found += [
             Planned(_plain(file.stem), file, extension(file), file.stat().st_size, {"source": file.name})
             for file in named
-            if extension(file) in modality.extensions or not GLOB & set(word)
+            if extension(file) in modality.extensions or not is_glob
         ]
     if not found:
         kinds = ", ".join(modality.extensions)

@@ -26,6 +26,7 @@ VERSION = 1
 PARALLEL = "parallel"
 ALL_LAYOUTS = (*LAYOUTS, PARALLEL)
 PAD = "<|bridle:pad|>"
+MAX_ID = 2**31 - 1
 TIME_MARKS = 1024
 """Time-mark ids of a modality that has any."""
 
@@ -202,7 +203,7 @@ def id_space(
     """An id space with every modality's offset set: one behind the other, after `text` ids of text.
 
     Raises:
-        TokenError: no modality, one twice, or a negative number.
+        TokenError: no modality, one twice, a negative number, or more ids than 32 bits hold.
     """
     pairs = list(modalities.items()) if isinstance(modalities, Mapping) else list(modalities)
     if not pairs or len({name for name, _ in pairs}) < len(pairs):
@@ -211,6 +212,8 @@ def id_space(
     for name, tokens in pairs:
         placed[name] = replace(tokens, ids=replace(tokens.ids, offset=offset))
         offset += tokens.ids.size
+    if offset > MAX_ID:
+        raise TokenError(f"ids 0 to {offset}: all formats hold ids of 32 bits, at most {MAX_ID}; take a smaller offset")
     return IdSpace(text, placed, tokenizer)
 
 

@@ -1,0 +1,102 @@
+"""Bulk work with inputs and settings that are unusual and allowed, or that a user got wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpus_inputs import sample_media, write_shards, write_tar
+from test_bulk import bulk, expected_codes, manifest
+
+from bridle.cli import main
+from bridle.tokens.corpus import Corpus
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset", "jsonl", "megatron"])
+def test_half_a_character_in_a_caption_costs_that_character(
+    kind: str, models: dict[str, Path], text_tokenizer: Path, tmp_path: Path
+) -> None:
+    [(extension, data)] = sample_media("image", 1)
+    about = rb'{"caption": "a dog \ud83d", "label": "dog\ud83d", "made": {"by": "\udfff"}}'
+    shard = write_tar(tmp_path / "s.tar", [(f"a.{extension}", data), ("a.json", about)])
+    out = tmp_path / "out"
+    template = ["--template", "{caption} {label} {json.made.by}: {codes}", "--tokenizer", str(text_tokenizer)]
+    assert bulk(models["image"], [shard], out, "--format", kind, *template) == 0
+    [row] = Corpus(str(out))
+    assert row.labels == ([] if kind == "webdataset" else ["dog\ufffd"])
+    if kind == "jsonl":
+        [line] = next((out / "data").glob("*.jsonl")).read_text().splitlines()
+        assert json.loads(line)["caption"] == "a dog \ufffd"
+        assert json.loads(line)["text"].startswith("a dog \ufffd dog\ufffd \ufffd: <|image|>")
+
+
+def test_codes_of_an_earlier_tokenizer_give_way(models: dict[str, Path], tmp_path: Path) -> None:
+    [(extension, data)] = sample_media("image", 1)
+    old = [(f"a.{name}", b"of another tokenizer") for name in ("codes.npy", "codes.json", "ids.npy")]
+    shard = write_tar(tmp_path / "s.tar", [(f"a.{extension}", data), *old])
+    assert bulk(models["image"], [shard], tmp_path / "out", "--format", "webdataset") == 0
+    [row] = Corpus(str(tmp_path / "out"))
+    np.testing.assert_array_equal(row.codes.T, expected_codes(models["image"], [shard], "image")["a"])
+
+
+def test_a_file_whose_name_looks_like_a_pattern(models: dict[str, Path], tmp_path: Path) -> None:
+    (first, data), (second, other) = sample_media("image", 2)
+    names = [tmp_path / f"dog [1].{first}", tmp_path / f"cat.{second}"]
+    names[0].write_bytes(data)
+    names[1].write_bytes(other)
+    assert bulk(models["image"], names, tmp_path / "out") == 0
+    assert manifest(tmp_path / "out")["summary"]["samples"] == 2
+
+
+def test_outputs_of_other_inputs_are_not_forgotten(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = write_shards(tmp_path / "in", "image", [1, 1])
+    out = tmp_path / "out"
+    assert bulk(models["image"], [one], out) == 0
+    before = manifest(out)
+    assert bulk(models["image"], [two], out) == 1
+    assert "holds outputs of 1 inputs that are not given now, such as s0-" in capsys.readouterr().err
+    assert manifest(out) == before
+    assert bulk(models["image"], [one, two], out) == 0
+    assert manifest(out)["summary"]["samples"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--offset", "3000000000"], "all formats hold ids of 32 bits"),
+        (["--metrics-port", "70000"], "above 65535"),
+        (["--format", "npz", "--verify"], "not with --format npz"),
+    ],
+)
+def test_what_cannot_be_is_told_first(
+    words: list[str], told: str, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [shard] = write_shards(tmp_path / "in", "image", [1])
+    assert bulk(models["image"], [shard], tmp_path / "out", *words) in (1, 2)
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out" / "data").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tokenize", "MODEL", "FILE", "--format", "npz", "--out", "s3://bucket/codes"],
+        ["corpus", "CODES", "--out", "s3://bucket/page"],
+        ["export", "RUN", "s3://bucket/model"],
+    ],
+)
+def test_a_url_is_no_folder_called_s3(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(words)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert "of this machine" in (told := capsys.readouterr().err) or "on this machine" in told
+    assert not list(tmp_path.glob("s3*"))
