@@ -1,4 +1,4 @@
-"""The recipes named after the paper's modalities build the paper's models, and every phase takes real steps."""
+"""The recipes named after the paper's modalities build the paper's models, and every phase takes a real step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ COUNTS = {
     "video": {"encoder": 86_236_416, "decoder": 7_788_544, "tokenizer": 87_023_872, "estimator": 29_140_992},
 }
 GRIDS = {"audio": (64, 8), "image": (14, 14), "video": (8, 14, 14)}
-BATCH = {"audio": 2, "image": 1, "video": 1}
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -35,22 +34,21 @@ def test_the_recipe_builds_the_papers_model(name):
         assert {part: parameter_count(getattr(make, part)(0)) for part in COUNTS[name]} == COUNTS[name]
 
 
-def two_steps(job, batch: dict[str, torch.Tensor]) -> list[float]:
+def before_and_after_a_step(job, batch: dict[str, torch.Tensor]) -> list[float]:
     optimizer = torch.optim.AdamW([p for p in job.module.parameters() if p.requires_grad], lr=1e-4)
-    losses = []
-    for _ in range(2):
-        loss, *_ = job.module(*job.inputs(batch))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        job.after_step(None)
-        losses.append(loss.item())
-    return losses
+    inputs = job.inputs(batch)
+    before, *_ = job.module(*inputs)
+    before.backward()
+    optimizer.step()
+    job.after_step(None)
+    with torch.no_grad():
+        after, *_ = job.module(*inputs)
+    return [before.item(), after.item()]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTS)
-def test_every_kind_of_phase_of_the_papers_model_takes_two_steps_that_lower_its_loss(name):
+def test_every_kind_of_phase_of_the_papers_model_takes_a_step_that_lowers_its_loss(name):
     recipe = load_recipe(name)
     modality = build_modality(recipe.modality, recipe.clip)
     patch, quantizer = patch_shape(modality), recipe.model.quantizer
@@ -58,20 +56,21 @@ def test_every_kind_of_phase_of_the_papers_model_takes_two_steps_that_lower_its_
     grid = tuple(modality.grid.values())
     sides = [count * side for count, side in zip(grid, patch.size, strict=True)]
     generator = torch.Generator().manual_seed(0)
-    batch = {"values": torch.randn(BATCH[name], patch.channels, *sides, generator=generator)}
-    masks = torch.stack([draw_mask(recipe.mask, grid, np.random.default_rng(i)) for i in range(BATCH[name])])
-    batch["masked"] = masks.nonzero()[:, 1].view(BATCH[name], -1)
-    batch["visible"] = (~masks).nonzero()[:, 1].view(BATCH[name], -1)
+    batch = {"values": torch.randn(1, patch.channels, *sides, generator=generator)}
+    mask = draw_mask(recipe.mask, grid, np.random.default_rng(0))
+    batch["masked"], batch["visible"] = mask.nonzero().T, (~mask).nonzero().T
 
     cold = make.cold_start_tokenizer(0)
     cold.quantizer.initialize(cold.latents(batch["values"]).flatten(0, 1), generator)
-    first = two_steps(EncoderPhaseJob(make.encoder(1), make.decoder(2), cold, quantizer, CPU, bf16=False), batch)
+    job = EncoderPhaseJob(make.encoder(1), make.decoder(2), cold, quantizer, CPU, bf16=False)
+    first = before_and_after_a_step(job, batch)
+    del job, cold
     gc.collect()
     learner = make.tokenizer(3)
     with torch.no_grad():
         learner.quantizer.initialize(learner.latents(batch["values"]).flatten(0, 1), generator)
     job = TokenizerPhaseJob(learner, make.estimator(4), make.encoder(1), quantizer, CPU, bf16=False)
-    second = two_steps(job, batch)
+    second = before_and_after_a_step(job, batch)
     for losses in (first, second):  # the second iteration's encoder phase is the first's with another frozen tokenizer
         assert losses[1] < losses[0]
         assert np.isfinite(losses).all()
