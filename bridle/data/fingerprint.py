@@ -26,7 +26,7 @@ def fingerprint(shards: ShardSet) -> dict[str, Any]:
         OSError: an index has gone.
     """
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
-        prints = list(pool.map(_print, shards.shards))
+        prints = list(pool.map(shard_print, shards.shards))
     sources = [[source.shards, str(source.weight)] for source in shards.sources]
     return {"sources": sources, "shards": prints}
 
@@ -43,7 +43,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         if found:
             yield _named(sorted(found), what)
     old = {shard["name"]: shard for shard in then}
-    changed = [shard["name"] for shard in here if shard["name"] in old and not _same(old[shard["name"]], shard)]
+    changed = [shard["name"] for shard in here if shard["name"] in old and not same(old[shard["name"]], shard)]
     if changed:
         yield _named(changed, "changed in content")
     if not changed and names[0] == names[1]:
@@ -53,7 +53,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
             yield "the sources have other weights or shares of the shards"
 
 
-def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+def same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two prints of a shard are of the same content, whatever its name."""
     hashes = {shard["sha256"] for shard in (before, now)} - {None}
     return len(hashes) < 2 and (before["samples"], before["index"]) == (now["samples"], now["index"])
 
@@ -63,7 +64,8 @@ def _named(names: list[str], what: str) -> str:
     return f"{what}: {', '.join(names[:NAMED])}{more}"
 
 
-def _print(shard: Shard) -> dict[str, Any]:
+def shard_print(shard: Shard) -> dict[str, Any]:
+    """What `fingerprint` says of one shard."""
     digest = hashlib.sha256()
     with shard.index_path.open("rb") as lines:
         lines.readline()  # says whether the tar was hashed, which may come later

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bridle.data.errors import ShardError
+from bridle.data.fingerprint import same, shard_print
 from bridle.data.index import SUFFIX as INDEX
 from bridle.data.shards import Shard, ShardSet
 from bridle.errors import MistakeError
@@ -19,7 +20,7 @@ from bridle.files import read_json, whole_file
 from bridle.modalities.clip import ClipError, Modality
 
 SUFFIX = ".stats"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Statistics:
     seconds: list[float] = field(default_factory=list)
     kinds: dict[str, int] = field(default_factory=dict)
     rates: dict[str, int] = field(default_factory=dict)
+    shard: dict[str, Any] = field(default_factory=dict)
+    """Print of the one shard (`shard_print`): a shard that was built again has other figures."""
     format: int = FORMAT
 
     @property
@@ -93,9 +96,10 @@ def measure(
     """
     whole, first = _empty(modality), 0
     for shard in shards.shards:
-        found = None if again else _read(statistics_file(shard), modality)
+        found = None if again else _read(shard, modality)
         if found is None:
             found = _of_samples(shards, range(first, first + shard.count), modality, progress)
+            found.shard = shard_print(shard)
             with whole_file(statistics_file(shard)) as aside:
                 aside.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
         whole.add(found)
@@ -115,7 +119,7 @@ def read(sets: Sequence[tuple[ShardSet, float]], modality: Modality) -> Statisti
     whole = _empty(modality)
     for shards, weight in sets:
         for shard in shards.shards:
-            found = _read(statistics_file(shard), modality)
+            found = _read(shard, modality)
             if found is None:
                 command = f"bridle shards stats {shard.url} --modality {modality.name}"
                 raise MistakeError(f"{shard.url}: no statistics beside its index; run `{command}` on all of the shards")
@@ -127,8 +131,9 @@ def _empty(modality: Modality) -> Statistics:
     return Statistics(modality.name, modality.features)
 
 
-def _read(path: Path, modality: Modality) -> Statistics | None:
-    """None where there are none, or such of another version, modality or feature."""
+def _read(shard: Shard, modality: Modality) -> Statistics | None:
+    """None where there are none, or such of another version, modality or feature, or of what was there before."""
+    path = statistics_file(shard)
     if not path.is_file():
         return None
     try:
@@ -136,7 +141,8 @@ def _read(path: Path, modality: Modality) -> Statistics | None:
     except (ValueError, TypeError):
         return None
     wanted = (FORMAT, modality.name, modality.features)
-    return found if (found.format, found.modality, found.features) == wanted else None
+    ours = (found.format, found.modality, found.features) == wanted and same(found.shard, shard_print(shard))
+    return found if ours else None
 
 
 def _of_samples(

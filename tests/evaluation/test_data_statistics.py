@@ -14,6 +14,10 @@ from evaluation_inputs import tone, write_tar
 from launching import pretrain
 
 from bridle.cli import main
+from bridle.data.shards import open_shards
+from bridle.errors import MistakeError
+from bridle.evaluation.data_statistics import read
+from bridle.modalities import build_modality
 from bridle.modalities.fbank import fbank
 
 
@@ -69,6 +73,18 @@ def test_a_second_look_reads_what_the_first_wrote(sounds: Path, capsys: pytest.C
     assert main(["shards", "stats", f"{sounds}/*.tar", "--modality", "audio"]) == 0
     assert printed(capsys) == first
     assert (sounds / "0.tar.stats").stat().st_mtime_ns == written
+
+
+def test_a_shard_that_was_built_again_is_measured_again(sounds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shards", "index", f"{sounds}/1.tar"]) == main(["shards", "stats", f"{sounds}/*.tar"]) == 0
+    before = printed(capsys)["mean"]
+    louder = np.random.default_rng(1).normal(size=64_000)
+    write_tar(sounds / "1.tar", {"d.wav": wav(0.1 * louder), "e.flac": tone(1.0, "FLAC")})  # of the same sizes
+    assert main(["shards", "index", f"{sounds}/1.tar"]) == 0
+    with pytest.raises(MistakeError, match=r"1\.tar: no statistics"):
+        read([(open_shards([f"{sounds}/*.tar"], extensions=["wav", "flac"]), 1.0)], build_modality("audio", {}))
+    assert main(["shards", "stats", f"{sounds}/*.tar"]) == 0
+    assert float(printed(capsys)["mean"]) > float(before) + 1
 
 
 def test_a_recipe_takes_mean_and_deviation_from_the_shards(sounds: Path, tmp_path: Path) -> None:
