@@ -141,7 +141,7 @@ class DataSettings(Settings):
     shuffle_window: Positive = 64
     """Permuted blocks whose samples are then mixed."""
     max_corrupt: Annotated[float, Field(ge=0, le=1), MAY_CHANGE] = 0.01
-    """Share of samples that may fail to decode before the run stops."""
+    """Share of samples that may fail to decode before the run stops; above 0, one always may."""
     cache: Annotated[str | None, MAY_CHANGE] = None
     """Folder for remote shards; default: the user's cache folder."""
     cache_gb: Annotated[float, Field(gt=0), MAY_CHANGE] = 50.0

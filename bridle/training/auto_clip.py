@@ -46,7 +46,7 @@ def with_figures(recipe: SettingsT, run: Path, ranks: Ranks) -> SettingsT:
 
 def _figures(recipe: RunSettings, run: Path, wanted: list[str]) -> dict[str, Any]:
     if (run / "recipe.yaml").is_file():
-        begun = recipe_of(run, type(recipe)).clip
+        begun = build_modality(recipe.modality, recipe_of(run, type(recipe)).clip).settings.model_dump()
         return {name: begun[name] for name in wanted}
     settings = {name: value for name, value in recipe.clip.items() if name not in wanted}
     modality = build_modality(recipe.modality, settings)

@@ -131,7 +131,7 @@ class PhaseRun:
         micro, _ = split_batch(self.train, self.ranks.world)
         return self.stream.micro_batches(
             start=position.samples,
-            stop=self.length.total * self.train.batch_size,
+            stop=position.samples + (self.length.total - position.step) * self.train.batch_size,
             batch_size=self.train.batch_size,
             micro_batch_size=micro,
             rank=self.ranks.rank,
@@ -185,9 +185,7 @@ class PhaseRun:
         rates = times.rates(self.train.batch_size, self.rate)
         position.corrupt += corrupt
         position.seconds += rates["step_seconds"] * times.steps
-        if not np.isfinite(np.hstack(list(means.values()))).all():
-            clips = sums.first_not_finite(self.ranks)
-            raise NonFiniteLossError(self.ranks.on_first(lambda: self._non_finite_message(position, clips)))
+        self._refuse_non_finite(position, means, sums)
         if self.run_log is not None:
             row = self._row(position, "train", means, usage) | {
                 "lr": lr, "gradient_norm": _gradient_norm(self.engine), **rates, "corrupt": position.corrupt
@@ -209,12 +207,19 @@ class PhaseRun:
     def _save_and_stop(self, position: Position, sums: Sums) -> NoReturn:
         """Saves what lies between two rows too, so that the row that comes next is the one that would have come."""
         if sums.batches:
+            self._refuse_non_finite(position, sums.reduce(self.ranks)[0], sums)
             counts = usage_counts(self.job, self.ranks)
             state = {"sums": sums.state(self.ranks), "micro_batches": self._micro_batches}
             position.window = state | {"usage": counts.tolist()}
         self._checkpoint(position)
         self.keeper.settle()
         raise StoppedError
+
+    def _refuse_non_finite(self, position: Position, means: Means, sums: Sums) -> None:
+        """No checkpoint is written of weights whose loss is no number."""
+        if not np.isfinite(np.hstack(list(means.values()))).all():
+            clips = sums.first_not_finite(self.ranks)
+            raise NonFiniteLossError(self.ranks.on_first(lambda: self._non_finite_message(position, clips)))
 
     @property
     def _name(self) -> str:
@@ -267,7 +272,7 @@ class PhaseRun:
 
     def _check_corrupt(self, position: Position) -> None:
         allowed = self.data.max_corrupt * position.samples
-        if position.corrupt > max(1.0, allowed):
+        if position.corrupt > (max(1.0, allowed) if allowed else 0.0):
             raise CorruptDataError(
                 f"{position.corrupt} of {position.samples} samples could not be read, more than data.max_corrupt ="
                 f" {self.data.max_corrupt}; see the warnings above, run `bridle shards check`, or raise that share"

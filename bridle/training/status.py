@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ ENDED = "ended.json"
 """How the last run in a folder ended; it says nothing while another one holds the lock, or left it behind."""
 CODES = {"running": 0, "finished": 3, "stopped": 4, "dead": 5}
 """Exit codes of `bridle status`."""
+STEP = re.compile(r"checkpoints/(phase-(\d+)-\w+/step-(\d+))/manifest\.json")
+"""What makes a checkpoint whole; those that were set aside count no more."""
 LOOK = 1.0
 """Seconds between two looks at a heartbeat that may have stopped."""
 
@@ -135,10 +138,10 @@ def look(run: str) -> Status:
     while finished < len(kinds) and f"checkpoints/phase-{finished}-{kinds[finished]}/finished/manifest.json" in names:
         finished += 1
     train, heldout = _newest_rows(files.read("metrics.jsonl") or "")
-    checkpoints = sorted(name for name in names if "/step-" in name and name.endswith("/manifest.json"))
+    checkpoints = sorted((int(found[2]), int(found[3]), found[1]) for found in map(STEP.fullmatch, names) if found)
     status = Status(
         "stopped", run, kinds, finished, holder, train, heldout,
-        checkpoints[-1].removeprefix("checkpoints/").removesuffix("/manifest.json") if checkpoints else None,
+        checkpoints[-1][2] if checkpoints else None,
     )  # fmt: skip
     if holder is not None:
         status.state = "running" if _lives(holder, files) else "dead"

@@ -104,3 +104,7 @@ def test_a_recipe_takes_mean_and_deviation_from_the_shards(sounds: Path, tmp_pat
     assert "done" in again.stdout
     other = pretrain(tmp_path / "other", "--data", f"{sounds}/*.tar", "clip.mean=5.0", "clip.std=0.5", *short)
     assert "do not fit clip.mean and clip.std" in other.stdout + other.stderr
+    plain = ["--data", f"{sounds}/*.tar", *short]
+    pretrain(tmp_path / "plain", *plain)
+    changed = pretrain(tmp_path / "plain", *plain, "clip.mean=auto", check=False)
+    assert changed.returncode == 2 and "clip.mean: None there" in changed.stderr

@@ -99,6 +99,11 @@ def test_corrupt_samples_are_replaced_counted_named_and_stop_the_run_when_too_ma
     assert rows(tmp_path / "tolerant")[-1]["corrupt"] > 0
     line = failed(pretrain(tmp_path / "strict", "--data", str(tar), "data.max_corrupt=0.05", check=False))
     assert "data.max_corrupt" in line
+    one = tar_of(tmp_path / "one.tar", {**sounds(13), "empty.wav": bad["empty.wav"]})
+    short = ["phases=[{kind: cold_start}, {kind: encoder, steps: 2, lr: 1.0e-3}]", "--data", str(one)]
+    pretrain(tmp_path / "one", *short, "data.max_corrupt=0.001")
+    assert rows(tmp_path / "one")[-1]["corrupt"] == 1
+    assert "1 of 16 samples" in failed(pretrain(tmp_path / "none", *short, "data.max_corrupt=0", check=False))
 
 
 @pytest.mark.slow

@@ -39,6 +39,14 @@ def test_the_same_recipe_from_a_checkpoint_repeats_the_rest_to_the_last_digit(fi
 
 
 @pytest.mark.slow
+def test_a_smaller_batch_goes_on_behind_the_clips_that_were_seen(first, tmp_path):
+    run = tmp_path / "run"
+    pretrain(run, "--from", f"{first}:1:8", "train.batch_size=4", "phases.2.steps=2", "phases.3.steps=2")
+    (row,) = [row for row in rows(run) if (row["phase_index"], row["split"]) == (1, "train")]
+    assert (row["step"], row["samples"]) == (10, 8 * 8 + 2 * 4)
+
+
+@pytest.mark.slow
 def test_another_tokenizer_is_trained_on_the_same_encoder(first, tmp_path):
     run = tmp_path / "run"
     pretrain(run, "--from", f"{first}:1", "model.quantizer.codebooks=3", "phases.2.steps=2", "phases.3.steps=2")

@@ -11,6 +11,8 @@ import pytest
 from halting import Halt
 from launching import BRIDLE, ROOT, environment, pretrain, start, start_and_signal, wait_for
 
+from bridle.training.status import look
+
 
 def status(run: Path, *more: str) -> tuple[int, str]:
     done = subprocess.run(
@@ -58,3 +60,12 @@ def test_a_folder_without_a_run_is_a_wrong_argument(tmp_path):
     code, said = status(tmp_path)
     assert code == 2
     assert "recipe.yaml" in said
+
+
+def test_the_newest_checkpoint_is_of_the_last_phase_also_of_more_than_ten(tmp_path):
+    (tmp_path / "recipe.yaml").write_text((ROOT / "tests/training/tiny.yaml").read_text())
+    for name in ("phase-9-tokenizer/step-00000900", "phase-10-encoder/step-00000004", "set-aside/phase-11-a.0/step-1"):
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+    assert look(str(tmp_path)).checkpoint == "phase-10-encoder/step-00000004"

@@ -52,6 +52,17 @@ def stop(process: subprocess.Popen | WarmProcess, number: int, run: Path, halt: 
     return output_of(run)
 
 
+def test_a_stop_saves_nothing_of_a_run_whose_loss_is_no_number(tmp_path):
+    run, halt = tmp_path / "run", Halt("[1 encoder] the end of step 4", tmp_path / "halt")
+    process = start(run, *SPARSE, "phases.1.lr=1.0e+30", halt=halt)
+    wait_for(halt.reached, process, run)
+    process.send_signal(signal.SIGTERM)
+    end_when_heard(halt, process, run)
+    assert process.wait(timeout=300) == 1
+    assert "the loss is not finite at step 5 of phase 1" in output_of(run)
+    assert not list(run.glob("checkpoints/phase-1-encoder/step-*"))
+
+
 @pytest.mark.slow
 def test_each_signal_saves_between_two_rows_and_the_run_goes_on_exactly(undisturbed, tmp_path):
     run = tmp_path / "run"
