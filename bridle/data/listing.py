@@ -22,8 +22,13 @@ FORMAT = 1
 
 
 def listing_path(cache: ShardCache, sources: Sequence[tuple[Sequence[str], float]], extensions: Sequence[str]) -> Path:
-    """Where the listing of such a mixture (see `open_mixture`) stands in the cache."""
-    named = json.dumps([FORMAT, [[list(patterns), weight] for patterns, weight in sources], list(extensions)])
+    """Where the listing of such a mixture (see `open_mixture`) stands in the cache.
+
+    Relative patterns are of the working folder, and runs in other folders may begin at the same moment.
+    """
+    named = json.dumps(
+        [FORMAT, str(Path.cwd()), [[list(patterns), weight] for patterns, weight in sources], list(extensions)]
+    )
     return cache.folder / "listings" / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.json"
 
 

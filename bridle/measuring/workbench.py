@@ -20,7 +20,7 @@ from bridle.modeling.tokenizer import LearnedTokenizer, Tokenizer
 from bridle.training.auto_clip import AUTO
 from bridle.training.checkpoints import PhaseCheckpoints
 from bridle.training.clips import Delivery, MakeClip, raw_modality
-from bridle.training.engine import build_engine, resolve_ds_config, uses_bf16
+from bridle.training.engine import build_engine, check_with_deepspeed, resolve_ds_config, uses_bf16
 from bridle.training.fits import check_recipe
 from bridle.training.flops import ClipFlops
 from bridle.training.joint import JointPhaseJob
@@ -57,6 +57,7 @@ class Workbench:
         self.recipe = recipe = recipe.model_copy(update={"clip": clip})
         self.ranks, self.folder = ranks, folder
         self.ds_config = resolve_ds_config(given, where, recipe.train, ranks.world)
+        check_with_deepspeed(self.ds_config, where)
         self.bf16 = uses_bf16(self.ds_config)
         self.modality = build_modality(recipe.modality, recipe.clip)
         patch = patch_shape(self.modality)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -31,6 +32,14 @@ SECTIONS_OF_THE_RECIPE = {
 }
 
 
+READ_HERE = {
+    "zero_optimization": ("stage", int, "0, 1, 2 or 3"),
+    "bf16": ("enabled", bool, "true or false"),
+    "fp16": ("enabled", bool, "true or false"),
+    "torch_autocast": ("enabled", bool, "true or false"),
+}
+"""Sections by which more than DeepSpeed goes: the field, its type, and what to write. DeepSpeed takes "3" for 3 and
+leaves out what is "auto"; whoever else reads them must read the same."""
 SHIPPED = Path(__file__).resolve().parent.parent / "ds_configs"
 """In a checkout a link to ``ds_configs/`` beside the package; in a wheel a folder."""
 
@@ -63,9 +72,10 @@ def resolve_ds_config(given: Mapping[str, Any], where: str, train: TrainSettings
     """Fills in what the recipe decides.
 
     Raises:
-        RecipeError: a field that both name, with different values; a section that belongs to the recipe; float16;
-            a batch that does not divide over the ranks.
+        RecipeError: a field that both name, with different values; a section that belongs to the recipe, or is none;
+            float16; a batch that does not divide over the ranks.
     """
+    _check_sections(given, where)
     micro, accumulation = split_batch(train, world)
     ours = {
         "train_batch_size": (train.batch_size, "train.batch_size"),
@@ -104,6 +114,31 @@ def resolve_ds_config(given: Mapping[str, Any], where: str, train: TrainSettings
         # DeepSpeed's own timer waits for the device twice in every micro-step.
         "timers": given.get("timers", {"throughput": {"enabled": False}}),
     }
+
+
+def _check_sections(given: Mapping[str, Any], where: str) -> None:
+    if "bfloat16" in given:
+        raise RecipeError(f"{where}: bfloat16 is an old name; write that section as bf16")
+    for section, (field, kind, expected) in READ_HERE.items():
+        found = given.get(section, {})
+        if not isinstance(found, Mapping):
+            raise RecipeError(f"{where}: {section} = {json.dumps(found)}: expected an object, such as its {field}")
+        if field in found and type(found[field]) is not kind:
+            raise RecipeError(f"{where}: {section}.{field} = {json.dumps(found[field])}: expected {expected}")
+
+
+def check_with_deepspeed(ds_config: Mapping[str, Any], where: str) -> None:
+    """Has DeepSpeed read a resolved configuration, before anything is trained.
+
+    Raises:
+        RecipeError: it does not take it.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(dict(ds_config)))
+    except (DeepSpeedConfigError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise RecipeError(f"{where}: DeepSpeed does not take it: {' '.join(str(error).split())[:300]}") from None
 
 
 def prepare_device(device: torch.device, ds_config: Mapping[str, Any], where: str, say: bool) -> None:

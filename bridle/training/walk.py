@@ -30,7 +30,7 @@ from bridle.training.begun_with import NAME as DATA
 from bridle.training.begun_with import BegunWith
 from bridle.training.checkpoints import PhaseCheckpoints, Position, part_states
 from bridle.training.clips import Delivery, raw_modality
-from bridle.training.engine import build_engine, prepare_device, resolve_ds_config, uses_bf16
+from bridle.training.engine import build_engine, check_with_deepspeed, prepare_device, resolve_ds_config, uses_bf16
 from bridle.training.keeper import Keeper
 from bridle.training.lock import RunLock
 from bridle.training.loop import Length, PhaseRun
@@ -83,6 +83,7 @@ class PhaseWalk(Generic[SettingsT]):
         self.ranks = ranks
         self.modality = build_modality(recipe.modality, recipe.clip)
         self.ds_config = resolve_ds_config(ds_config, where, recipe.train, ranks.world)
+        check_with_deepspeed(self.ds_config, where)
         self.bf16 = uses_bf16(self.ds_config)
         prepare_device(ranks.device, self.ds_config, where, say=ranks.first)
         self.deliver = self._delivery()

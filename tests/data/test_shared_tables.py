@@ -88,3 +88,13 @@ def test_a_listing_gives_the_set_that_was_opened(patterns: list[str], tmp_path: 
     path.write_text("{")
     with pytest.raises(ShardError, match="delete it"):
         read_listing(path, cache)
+
+
+def test_relative_patterns_of_two_folders_have_two_listings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = []
+    for name in ("one", "two"):
+        write_tar(tmp_path / name / "s.tar", [(f"{name}.wav", name.encode())])
+        monkeypatch.chdir(tmp_path / name)
+        paths.append(listing_path(ShardCache(tmp_path / "cache"), [(["*.tar"], 1.0)], ["wav"]))
+        write_listing(open_mixture([(["*.tar"], 1.0)], extensions=["wav"]), paths[-1])
+    assert contents(read_listing(paths[0], ShardCache(tmp_path / "cache"))) == [("one", b"one")]

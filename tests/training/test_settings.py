@@ -89,13 +89,21 @@ def test_a_deepspeed_file_that_is_no_json_object_is_named(tmp_path, capsys, text
     assert str(file) in capsys.readouterr().err
 
 
-def test_a_deepspeed_file_that_asks_for_float16_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"fp16": {"enabled": true}}', "use bf16.enabled"),
+        ('{"zero_optimization": {"stge": 2}}', "DeepSpeed does not take it"),
+    ],
+)
+def test_a_deepspeed_file_that_cannot_be_trained_with_is_refused(tmp_path, text, said):
     file = tmp_path / "ds.json"
-    file.write_text('{"fp16": {"enabled": true}}')
+    file.write_text(text)
     done = pretrain(tmp_path / "run", config=str(file), check=False)
     assert done.returncode == 2
-    assert "use bf16.enabled" in done.stderr
+    assert said in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 TRAIN = TrainSettings(batch_size=16, micro_batch_size=4)
@@ -110,6 +118,11 @@ TRAIN = TrainSettings(batch_size=16, micro_batch_size=4)
         ({"optimizer": {"type": "Adam"}}, "'optimizer' conflicts"),
         ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' conflicts"),
         ({"bf16": {"enabled": True}}, "stage to 1"),
+        ({"bf16": {"enabled": "auto"}}, 'bf16.enabled = "auto": expected true or false'),
+        ({"bfloat16": {"enabled": True}}, "write that section as bf16"),
+        ({"zero_optimization": {"stage": "3"}}, 'zero_optimization.stage = "3": expected 0, 1, 2 or 3'),
+        ({"zero_optimization": 2}, "zero_optimization = 2: expected an object"),
+        ({"bf16": None}, "bf16 = null: expected an object"),
     ],
 )
 def test_what_recipe_and_deepspeed_both_name_is_a_conflict_that_names_both(given_config, expected):
