@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     """Trains what is not trained yet, measures it, prints the tables; writes study.json and study.html.
 
     Returns:
-        75 when it was asked to stop while a run trained (the same command goes on), that run's code when it failed.
+        75 when it was asked to stop while a run trained (the same command goes on), that run's code when it failed, 2
+        also where it was begun with other settings.
 
     Raises:
         RecipeError: a wrong argument, no such labels. ShardError: no data. ValueError: see `same_files`.
@@ -83,14 +84,13 @@ def _folder(args: argparse.Namespace, arm: str, seed: int) -> Path:
 
 
 def _train(args: argparse.Namespace, recipe: Recipe, arm: str, seed: int) -> int:
-    """Trains a run to its end, in processes of its own; the exit code."""
+    """Trains a run to its end, in processes of its own; the exit code. One that is done says so, or that it was begun
+    with other settings than these."""
     from bridle.commands import launch
     from bridle.evaluation.study import arm_settings
     from bridle.ports import free_port
 
     folder = _folder(args, arm, seed)
-    if (folder / "models" / "final").is_dir():
-        return 0
     heldout = recipe.data.heldout if args.shards == recipe.data.shards else None
     command = ["--deepspeed_config", "builtin:zero1", "--recipe", args.recipe, "--run", str(folder)]
     command += ["--data", *args.shards, *(["--heldout", *heldout] if heldout else [])]
@@ -168,7 +168,16 @@ def _report(
     from bridle.evaluation.probe import make_task, verdicts
     from bridle.evaluation.probe_features import Feature
     from bridle.evaluation.probe_scores import READERS
-    from bridle.evaluation.study import ARMS, RANDOM, Measured, probe_rows, row_name, same_files, usage_rows
+    from bridle.evaluation.study import (
+        ARMS,
+        RANDOM,
+        Measured,
+        labelled_files,
+        probe_rows,
+        row_name,
+        same_files,
+        usage_rows,
+    )  # fmt: skip
     from bridle.evaluation.study_page import as_text, score_table, study_page, usage_table
     from bridle.files import whole_file, write_json
 
@@ -177,12 +186,9 @@ def _report(
         for iteration in (1, 2):
             paths = [_folder(args, *job) / f"measured-{iteration}.safetensors" for job in jobs if job[0] == arm]
             measured[arm, iteration] = [Measured.read(path) for path in paths]
-    readable = set(same_files(each for copies in measured.values() for each in copies).tolist())
+    readable = same_files(each for copies in measured.values() for each in copies).tolist()
     controls = [Feature(RANDOM, list(load_file(args.out / CONTROLS).values()))]
-    kept, before = [], 0
-    for shards, files in zip(sets, lists, strict=True):
-        kept.append([file for file in files if before + file.number in readable])
-        before += len(shards)
+    kept = labelled_files(readable, lists, [len(shards) for shards in sets])
     task = make_task(kept[0], kept[1] if args.test else None, args.folds, 0)
     settings = paper_settings(recipe.modality, max(len(known) for known, _ in task.splits))
     command = ["bridle study", args.name, *args.shards, "--recipe", args.recipe, "--seeds", str(args.seeds)]

@@ -19,7 +19,7 @@ from bridle.config import ColdStartPhase, Recipe
 from bridle.errors import MistakeError
 from bridle.evaluation.codebooks import CodebookUsage, code_usage_rate, effective_code_usage
 from bridle.evaluation.linear_probe import ProbeSettings
-from bridle.evaluation.probe import Task, figures
+from bridle.evaluation.probe import Labelled, Task, figures
 from bridle.evaluation.probe_features import Comparison, Feature
 from bridle.evaluation.probe_scores import READERS
 from bridle.files import whole_file
@@ -141,3 +141,25 @@ def same_files(measured: Iterable[Measured]) -> Tensor:
     if any(not torch.equal(first, other) for other in others):
         raise MistakeError("models were measured on different files: the shards have changed; begin in another --out")
     return first
+
+
+def labelled_files(
+    files: Sequence[int], lists: Sequence[Sequence[Labelled]], counts: Sequence[int]
+) -> list[list[Labelled]]:
+    """Those of some lists of labelled files that were measured, list by list; the numbers of a list begin behind the
+    `counts` files of the sets before it.
+
+    Raises:
+        ValueError: not all that were measured are there: other files have labels now.
+    """
+    measured, before = set(files), 0
+    kept: list[list[Labelled]] = []
+    for some, count in zip(lists, counts, strict=True):
+        kept.append([file for file in some if before + file.number in measured])
+        before += count
+    if sum(map(len, kept)) != len(measured):
+        raise MistakeError(
+            f"models were measured on {len(measured)} files, and {sum(map(len, kept))} of them have a label now:"
+            " --labels or --test was another; begin in another --out"
+        )
+    return kept

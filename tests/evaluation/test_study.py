@@ -10,7 +10,9 @@ from evaluation_inputs import RECIPE
 
 from bridle.cli import main
 from bridle.config import load_recipe
-from bridle.evaluation.study import ARMS, arm_settings
+from bridle.errors import MistakeError
+from bridle.evaluation.probe import Labelled
+from bridle.evaluation.study import ARMS, arm_settings, labelled_files
 
 
 def test_arms_are_those_of_the_paper() -> None:
@@ -58,3 +60,13 @@ def test_a_study_trains_measures_and_goes_on_from_what_is_done(
     changed = {path for path, time in written.items() if path.stat().st_mtime_ns != time}
     assert changed == {out / "rq-kmeans-0" / "measured-2.safetensors"}
     assert "(k-means) BRIDLE iter2" in capfd.readouterr().out
+    assert main([*command, "--share", "1"]) == 2  # and not the same figures under another name
+    assert "was begun with another recipe (phases.1.steps: 1 there, 3 now" in capfd.readouterr().err
+
+
+def test_files_that_were_measured_and_have_no_label_any_more_end_a_study() -> None:
+    lists = [[Labelled(number, ("a",), str(number)) for number in some] for some in ((0, 2, 3), (1,))]
+    kept = labelled_files([0, 3, 6], lists, [5, 2])
+    assert [[file.number for file in files] for files in kept] == [[0, 3], [1]]
+    with pytest.raises(MistakeError, match="measured on 4 files, and 3 of them have a label now"):
+        labelled_files([0, 1, 3, 6], lists, [5, 2])
