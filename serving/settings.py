@@ -14,6 +14,7 @@ from bridle.modalities.clip import Limits
 from bridle.settings import RecipeError, Settings, nearest, parse_settings
 
 PREFIX = "BRIDLE_"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/*\s]+|null")
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://\S+")
 """What Kubernetes puts into ``BRIDLE_PORT`` where a Service is called bridle (docs: enableServiceLinks)."""
 _SERVICE_NAME = re.compile(r"_SERVICE_(HOST|PORT)(_\w+)?=|_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?=|_PORT=(tcp|udp|sctp)://")
@@ -126,6 +127,12 @@ class ServeSettings(Settings):
             value = getattr(self, name)
             if value is not None and not value.strip():
                 raise ValueError(f"{name} is set but empty; remove it, or give keys (bridle serve --new-key NAME)")
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"cors_origins: {origin!r} is no origin, and no page would be let in; name each as browsers do, "
+                    "such as https://example.org or http://localhost:3000 (no path, no slash at the end, no *)"
+                )
         if not self.has_keys and not is_loopback(self.host):
             raise ValueError(
                 f"host {self.host} is not loopback and no API keys are set; set api_keys or api_keys_file "

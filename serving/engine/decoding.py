@@ -123,11 +123,12 @@ class DecodePool:
         self.active += 1
         worker: AsyncChild | None = None
         granted: set[int] = set()
-        settled = False
+        settled = True  # until the process is asked for something
         try:
             worker = await self._take()
             if draw is None:
                 granted.add(slot := await self._arena.acquire())
+            settled = False
             await worker.channel.send(draw or Decode(slot), data)
             while True:
                 message, payload = await worker.channel.receive()

@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -287,6 +287,15 @@ class Deployment:
             slot_bytes=self.arena.slot_bytes,
             log_level=settings.log_level,
         )
+
+
+@contextmanager
+def all_used(models: Iterable[Deployment]) -> Iterator[None]:
+    """Keeps several alive for one request: those, too, that it may come to later."""
+    with contextlib.ExitStack() as held:
+        for model in models:
+            held.enter_context(model.used())
+        yield
 
 
 def config_of(folder: Path) -> ModelConfig | ClassifierConfig:

@@ -150,8 +150,8 @@ class Registry:
         Raises:
             ChoiceError: no such model. ReloadError: it does not start; the old one stays in service.
         """
-        wanted = [self.get(name)] if name is not None else list(self._models.values())
-        async with self._reloading:
+        async with self._reloading:  # what another reload has put in place meanwhile is what this one replaces
+            wanted = [self.get(name)] if name is not None else list(self._models.values())
             return [await self._reload(model) for model in wanted]
 
     async def _reload(self, old: Deployment) -> Deployment:

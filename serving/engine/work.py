@@ -14,7 +14,7 @@ import numpy as np
 from bridle.modalities.clip import ClipError, WrongKindError
 from bridle.modalities.joining import Place, joined
 from serving.engine.batching import Array
-from serving.engine.deployment import Deployment
+from serving.engine.deployment import Deployment, all_used
 from serving.engine.errors import AnswerTooLargeError, DeadlineError, FileError
 from serving.engine.turns import aside
 
@@ -64,9 +64,9 @@ async def windows_of(
     Raises:
         ClipError: the file is at fault. EngineError: a process ended. TimeoutError: the deadline passed.
     """
-    for index, deployment in enumerate(candidates):
-        began = False
-        with deployment.used():
+    with all_used(candidates):
+        for index, deployment in enumerate(candidates):
+            began = False
             try:
                 async with contextlib.aclosing(deployment.results(operation, data, deadline)) as results:
                     async for window, values, entry in results:
@@ -87,7 +87,7 @@ async def windows_of(
 
 @dataclass(frozen=True)
 class FileResult:
-    """A whole file's answer: values ``[N, M]`` or ``[N, D]`` over `grid`."""
+    """A whole file's answer: values ``[N, M]`` or ``[N, D]`` over `grid`; ``[D]`` where they are pooled."""
 
     deployment: Deployment
     values: Array
@@ -117,6 +117,26 @@ async def whole(
     whole_values = values[0] if len(values) == 1 else await aside(partial(np.concatenate, values))
     extent = joined(places)
     return FileResult(deployment, whole_values, extent.grid, extent.duration_s)
+
+
+async def pooled(
+    candidates: Sequence[Deployment], operation: str, data: bytes | bytearray, deadline: float, timings: Timings
+) -> FileResult:
+    """The mean of a whole file's answers over its positions, float32 ``[D]``; a file of any length takes no more.
+
+    Raises:
+        as `windows_of`.
+    """
+    places: list[Place] = []
+    total: Array = np.zeros(())
+    async with contextlib.aclosing(windows_of(candidates, operation, data, deadline, timings)) as results:
+        async for result in results:
+            deployment = result.deployment
+            total = total + result.values.sum(0, dtype=np.float64)
+            places.append(result.place)
+    extent = joined(places)
+    mean = (total / sum(place.positions for place in places)).astype(np.float32)
+    return FileResult(deployment, mean, extent.grid, extent.duration_s)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,19 @@ class Admission:
         self._check(client, self._files, (whole[0], own[0]), files, settings.max_queue, "files", "max_queue")
         self._check(client, self._bytes, (whole[1], own[1]), size, settings.max_queue_bytes, "bytes", "max_queue_bytes")
 
+    def refuse_for_good(self, files: int, size: int) -> None:
+        """Whether one request may ever have so much: to wait would not help.
+
+        Raises:
+            ProblemError: it may not (413).
+        """
+        settings = self._settings
+        if files > settings.max_queue:
+            raise ProblemError("too-large", f"{files} files, max_queue is {settings.max_queue}; send several requests")
+        if size > settings.max_queue_bytes:
+            told = f"body and answer take {size} bytes, max_queue_bytes is {settings.max_queue_bytes}"
+            raise ProblemError("too-large", f"{told}; ask for less at once")
+
     def _check(
         self, client: str, here: Counter[str], elsewhere: tuple[int, int], more: int, limit: int, what: str, name: str
     ) -> None:
@@ -166,8 +179,9 @@ class Places:
         """Places for so many more files, whose bodies are here: who sends slowly holds none.
 
         Raises:
-            ProblemError: there are not so many (429).
+            ProblemError: there are not so many now (429), or never will be (413).
         """
+        self._admission.refuse_for_good(self.files + count, 0)
         self._admission.take(self._client, count, 0)
         self.files += count
 
@@ -175,8 +189,9 @@ class Places:
         """Room for so many more bytes, of a body or of an answer.
 
         Raises:
-            ProblemError: none is left (429).
+            ProblemError: none is left now (429), or there will never be so much (413).
         """
+        self._admission.refuse_for_good(0, self.bytes + size)
         self._admission.take(self._client, 0, size)
         self.bytes += size
 

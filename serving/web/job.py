@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
 from fastapi import Request
 
 from serving.engine.deployment import Deployment
@@ -12,6 +15,8 @@ from serving.web.schemas import Parameters
 from serving.web.service import Service
 from serving.web.waiting import while_wanted
 
+Join = Callable[[Sequence[Deployment], str, bytes | bytearray, float, Timings], Coroutine[Any, Any, FileResult]]
+"""`whole` or `pooled`."""
 HEAD = 4096
 """Bytes by which content is recognised."""
 
@@ -56,10 +61,10 @@ class Job:
             problem.extra["clip"] = index
             raise problem from None
 
-    async def streams(self, operation: str) -> list[FileResult]:
-        """Every file's whole answer."""
+    async def streams(self, operation: str, join: Join = whole) -> list[FileResult]:
+        """Every file's whole answer, or the mean of it."""
         files = await self.files()
-        work = [whole(models, operation, file, self.deadline, self.timings) for file, models in files]
+        work = [join(models, operation, file, self.deadline, self.timings) for file, models in files]
         with self.service.tracing.step(operation):
             streams = await while_wanted(self.request, each_clip(work), self.deadline)
         self.note(len(files))

@@ -20,6 +20,7 @@ SCOPES = ("use", "metrics", "admin")
 CHECK_EVERY = 1.0
 """Seconds between looks at the keys' file."""
 
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LINE = re.compile(r"([A-Za-z0-9._-]{1,64}):([a-z+]+):([0-9a-f]{64})")
 
 
@@ -38,10 +39,17 @@ def digest(key: str) -> str:
 
 
 def new_key(name: str, scopes: tuple[str, ...] = ("use",)) -> tuple[str, str]:
-    """A random key of 256 bits, and the line that lets the service know it."""
+    """A random key of 256 bits, and the line that lets the service know it.
+
+    Raises:
+        RecipeError: a name or a scope that no key may have.
+    """
+    if not _NAME.fullmatch(name):
+        raise RecipeError(f"--new-key {name!r}: expected a name of up to 64 letters, digits, '.', '_' and '-'")
+    if unknown := set(scopes) - set(SCOPES):
+        raise RecipeError(f"--scopes: found {min(unknown)!r}, expected some of {', '.join(SCOPES)}, joined by +")
     key = "bridle_" + secrets.token_urlsafe(32)
     line = f"{name}:{'+'.join(scopes)}:{digest(key)}"
-    _checked(line, "--new-key")
     return key, line
 
 

@@ -152,6 +152,9 @@ class _Exchange:
         self._patience = settings.body_idle_timeout
         self._min_rate = settings.min_send_rate
         self._waited = 0.0
+        origin = self.headers.get("origin")
+        allowed = origin is not None and origin in settings.cors_origins
+        self._readable = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"} if origin and allowed else {}
         self._head: Message | None = None
         self._started = False
         self._unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
@@ -211,7 +214,7 @@ class _Exchange:
             self.abort()
             return
         try:
-            await problem.response(self.id)(self.scope, self.receive, self.send)
+            await problem.response(self.id, self._readable)(self.scope, self.receive, self.send)
         except (TimeoutError, ConnectionError):
             self.abort()
 

@@ -12,18 +12,21 @@ import zipfile
 import zlib
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from starlette.requests import Request
 
 from bridle.settings import RecipeError
 from serving.metrics import Metrics
-from serving.settings import ServeSettings
+from serving.settings import ServeSettings, read_settings
 from serving.web import keys
 from serving.web.admission import Admission
+from serving.web.app import build_app
 from serving.web.keys import Key, KeyRing, new_key, parse_keys, presented_key
 from serving.web.npz import MAX_DIRECTORY, read_npz, write_npz
 from serving.web.problems import ClientGoneError, ProblemError
+from serving.web.service import Service
 from serving.web.uploads import OVERHEAD, UNFOLDED_AT_ONCE, Uploads
 
 
@@ -333,7 +336,7 @@ def test_keys_beside_each_other_comments_and_what_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize("name", ["", "n" * 65, "a b", "ä"])
 def test_names_of_keys_are_short_and_plain(name: str) -> None:
-    with pytest.raises(RecipeError, match="name:scopes:sha256"):
+    with pytest.raises(RecipeError, match="expected a name of up to 64 letters"):
         new_key(name)
     assert new_key("n" * 64)[1].startswith("n" * 64)
     with pytest.raises(RecipeError, match="'root', expected some of use, metrics, admin"):
@@ -351,3 +354,30 @@ def test_headers_are_read_without_regard_to_case_and_the_first_wins() -> None:
     assert presented_key({"authorization": "BEARER abc", "x-api-key": "other"}) == "abc"
     assert presented_key({"authorization": "Bearer ", "x-api-key": "other"}) is None
     assert presented_key({"authorization": "Digest abc", "x-api-key": "other"}) == "other"
+
+
+def test_a_page_that_may_call_reads_why_it_may_not() -> None:
+    page, other = "https://app.example", "https://other.example"
+    settings = ServeSettings(models=("x",), api_keys=new_key("a")[1], cors_origins=(page,))
+
+    async def asked(origin: str) -> tuple[int, str | None]:
+        transport = httpx.ASGITransport(build_app(Service(settings)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            answer = await client.get("/info", headers={"Origin": origin})
+        return answer.status_code, answer.headers.get("access-control-allow-origin")
+
+    assert asyncio.run(asked(page)) == (401, page)
+    assert asyncio.run(asked(other)) == (403, None)
+
+
+@pytest.mark.parametrize("origin", ["*", "https://app.example/", "app.example", "https://*.example"])
+def test_an_origin_that_no_browser_sends_is_refused_at_the_start(origin: str) -> None:
+    with pytest.raises(RecipeError, match="is no origin"):
+        read_settings({"models": "x", "cors_origins": f"http://localhost:3000,{origin}"}, {})
+
+
+def test_a_key_that_cannot_be_made_is_told_by_its_own_words() -> None:
+    with pytest.raises(RecipeError, match="--new-key 'a b': expected a name"):
+        new_key("a b")
+    with pytest.raises(RecipeError, match="--scopes: found 'use,admin', expected some of use, metrics, admin"):
+        new_key("a", ("use,admin",))

@@ -14,7 +14,7 @@ import pytest
 from bridle.modalities.clip import UndecodableError, WrongKindError
 from serving.engine import work
 from serving.engine.errors import AnswerTooLargeError, DeadlineError, FileError
-from serving.engine.work import FileResult, Timings, classified, each_clip, whole, windows_of
+from serving.engine.work import FileResult, Timings, classified, each_clip, pooled, whole, windows_of
 
 
 class Model:
@@ -50,6 +50,14 @@ class Model:
 
 def joined(*models: Model, timings: Timings | None = None) -> FileResult:
     return asyncio.run(whole(models, "codes", b"file", 9.0, timings or Timings()))  # type: ignore[arg-type]
+
+
+def test_a_mean_is_over_positions_and_any_number_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "MAX_NUMBERS", 10)
+    models = [Model("m", [(4, 1.0), (4, 1.0), (1, 0.25)])]
+    found = asyncio.run(pooled(models, "embed", b"file", 9.0, Timings()))  # type: ignore[arg-type]
+    assert (found.values.dtype, found.values.tolist()) == (np.float32, [np.float32(12 / 18)] * 3)
+    assert (found.grid, found.duration_s) == ({"time": 9, "frequency": 2}, 2.25)
 
 
 def test_windows_are_joined_in_order_without_their_padding_and_times_add_up() -> None:

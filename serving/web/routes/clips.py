@@ -14,9 +14,9 @@ from starlette.responses import Response
 from bridle.modalities.clip import ClipError, WrongKindError
 from bridle.processes.messages import Drawn
 from bridle.tokens.layouts import Vocabulary, to_text
-from serving.engine.deployment import Deployment
+from serving.engine.deployment import Deployment, all_used
 from serving.engine.errors import DeadlineError, FileError
-from serving.engine.work import FileResult, each_clip, windows_of
+from serving.engine.work import FileResult, each_clip, pooled, whole, windows_of
 from serving.web.answers import ARROW, JSON, NDJSON, NPZ, Begun, answer, negotiate
 from serving.web.formats import Clip, json_clip
 from serving.web.job import Job
@@ -69,7 +69,7 @@ async def encode(request: Request, service: TheService, parameters: Annotated[En
     """Files to the encoder's embeddings: their mean, or one for each position."""
     kind = negotiate(request.headers.get("accept"), (JSON, NPZ, ARROW))
     job = Job(request, service, parameters)
-    streams = await job.streams("embed")
+    streams = await job.streams("embed", pooled if parameters.pool == "mean" else whole)
     numbers = sum(one.values.size for one in streams)
     return await answer(
         request, lambda: [_embedding(one, parameters.pool) for one in streams], numbers, kind, job.headers(), job.places
@@ -101,10 +101,10 @@ async def picture(request: Request, service: TheService, parameters: Annotated[P
 
 
 async def _picture(models: list[Deployment], file: bytearray) -> tuple[Drawn, bytes]:
-    for model in models[:-1]:
-        with contextlib.suppress(WrongKindError), model.used():
-            return await model.pool.picture(file)
-    with models[-1].used():
+    with all_used(models):
+        for model in models[:-1]:
+            with contextlib.suppress(WrongKindError):
+                return await model.pool.picture(file)
         return await models[-1].pool.picture(file)
 
 
@@ -140,7 +140,7 @@ def _tokens(deployment: Deployment, codes: Any, parameters: TokenizeParameters) 
 def _embedding(stream: FileResult, pool: str) -> Clip:
     clip = _about(stream) | {"width": stream.values.shape[-1]}
     if pool == "mean":
-        clip["embedding"] = stream.values.mean(0, dtype=np.float64).astype(np.float32)
+        clip["embedding"] = stream.values
     else:
         clip["embeddings"] = stream.values
     return clip
@@ -150,26 +150,35 @@ async def _lines(
     job: Job, files: list[tuple[bytearray, list[Deployment]]], parameters: TokenizeParameters
 ) -> AsyncGenerator[bytes, None]:
     """One line for each window, in order, and one at the end of each file."""
-    for index, (file, models) in enumerate(files):
-        count, seconds = 0, None
-        try:
-            async with contextlib.aclosing(windows_of(models, "codes", file, job.deadline, job.timings)) as results:
-                async for result in results:
-                    place, deployment = result.place, result.deployment
-                    line: Clip = {"clip": index, "window": count, "model": deployment.name}
-                    line |= {"modality": deployment.config.modality, "grid": result.grid}
-                    line |= {"start_s": place.start_s, "duration_s": place.duration_s}
-                    line["codes"] = np.ascontiguousarray(result.values.T)
-                    yield json_clip(line | _tokens(deployment, result.values, parameters)) + b"\n"
-                    count += 1
-                    if place.duration_s is not None:
-                        seconds = (seconds or 0.0) + place.duration_s
-        except ClipError as error:
-            raise FileError(index, error) from None
-        except TimeoutError:
-            raise DeadlineError from None
-        yield json_clip({"clip": index, "end": True, "windows": count, "duration_s": seconds}) + b"\n"
+    with all_used(model for _, models in files for model in models):
+        for index, (file, models) in enumerate(files):
+            async with contextlib.aclosing(_lines_of(job, index, file, models, parameters)) as lines:
+                async for line in lines:
+                    yield line
     job.note(len(files))
+
+
+async def _lines_of(
+    job: Job, index: int, file: bytearray, models: list[Deployment], parameters: TokenizeParameters
+) -> AsyncGenerator[bytes, None]:
+    count, seconds = 0, None
+    try:
+        async with contextlib.aclosing(windows_of(models, "codes", file, job.deadline, job.timings)) as results:
+            async for result in results:
+                place, deployment = result.place, result.deployment
+                line: Clip = {"clip": index, "window": count, "model": deployment.name}
+                line |= {"modality": deployment.config.modality, "grid": result.grid}
+                line |= {"start_s": place.start_s, "duration_s": place.duration_s}
+                line["codes"] = np.ascontiguousarray(result.values.T)
+                yield json_clip(line | _tokens(deployment, result.values, parameters)) + b"\n"
+                count += 1
+                if place.duration_s is not None:
+                    seconds = (seconds or 0.0) + place.duration_s
+    except ClipError as error:
+        raise FileError(index, error) from None
+    except TimeoutError:
+        raise DeadlineError from None
+    yield json_clip({"clip": index, "end": True, "windows": count, "duration_s": seconds}) + b"\n"
 
 
 class _Lines(Begun):

@@ -16,6 +16,7 @@ from serving.engine.deployment import Deployment
 from serving.engine.turns import aside
 from serving.engine.work import MAX_NUMBERS, SMALL
 from serving.settings import ServeSettings
+from serving.web.admission import Places
 from serving.web.answers import ARROW, JSON, NPZ, answer, negotiate, streamed
 from serving.web.formats import PIECE, Clip, Later
 from serving.web.lean import LeanRoute
@@ -62,6 +63,13 @@ async def dequantize(
     places.look()
     deadline = service.admission.deadline(request.headers.get("x-request-timeout"))
     model = _model(service, parameters)
+    with model.used():  # a reload may come while the body does
+        return await _answered(request, service, model, kind, places, deadline)
+
+
+async def _answered(
+    request: Request, service: Service, model: Deployment, kind: str, places: Places, deadline: float
+) -> Response:
     sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if sent not in (JSON, NPZ):
         raise ProblemError("unsupported-kind", f"Content-Type {sent[:40]!r}: expected {JSON} or {NPZ}")
