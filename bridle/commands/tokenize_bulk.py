@@ -63,9 +63,16 @@ def run(args: argparse.Namespace) -> int:
 
     rank, world, local = ranks()
     if args.device == "cuda" and local is not None:
-        args.device = f"cuda:{local}"
+        import torch
+
+        args.device = own_gpu(local, torch.cuda.device_count())
     model = load_model(args)
     return _verify(args, model) if args.verify else _tokenize(args, model, rank, world, local or 0)
+
+
+def own_gpu(local: int, gpus: int) -> str:
+    """The GPU of a local rank: its number, round again beyond `gpus`: launchers may show a process but one."""
+    return f"cuda:{local % gpus}" if gpus else "cuda"
 
 
 def ranks() -> tuple[int, int, int | None]:

@@ -78,7 +78,7 @@ def prepare(model: BridleModel, words: Sequence[str], out: str, settings: Settin
     template = Template(settings.template)
     tokenizer = read_tokenizer(settings.tokenizer) if settings.tokenizer else None
     space = vocabulary_of([model], settings, tokenizer)
-    documents = Documents(space, model.config.modality, template, tokenizer)
+    documents = Documents(space, model.config.modality, template, tokenizer, model.modality.positions_per_second)
     check_format(settings.kind, documents)
     inputs = open_inputs(words, model.modality, files_per_unit=settings.files_per_unit)
     twice = [name for name, times in Counter(unit.name for unit in inputs.units).items() if times > 1]

@@ -107,9 +107,11 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _host() -> str:
-    """This machine's name and boot, since pods of one name come and go."""
+    """This machine's name and boot, since pods of one name come and go, and whose processes we see: containers of one
+    machine may share its name (hostNetwork), and none finds another's."""
     with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+        boot, seen = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), Path("/proc/self/ns/pid").readlink()
+        return f"{socket.gethostname()} {boot} {seen}"
     return socket.gethostname()
 
 

@@ -88,14 +88,22 @@ class Documents:
     """Records to ids and text.
 
     Args:
-        space: the ids; modality: whose codes; tokenizer: for the template's text.
+        space: the ids; modality: whose codes; tokenizer: for the template's text; rate: the modality's positions a
+            second, where it has a constant one.
 
     Raises:
         RecipeError: text without a tokenizer or a vocabulary for it, or around a layout of several rows.
     """
 
-    def __init__(self, space: IdSpace, modality: str, template: Template, tokenizer: Tokenizer | None) -> None:
-        self.space, self.template, self.tokenizer = space, template, tokenizer
+    def __init__(
+        self,
+        space: IdSpace,
+        modality: str,
+        template: Template,
+        tokenizer: Tokenizer | None,
+        rate: float | None = None,
+    ) -> None:
+        self.space, self.template, self.tokenizer, self.rate = space, template, tokenizer, rate
         self.modality = modality
         self.tokens = space.of(modality)
         if template.has_text and self.tokens.layout == PARALLEL:
@@ -106,13 +114,20 @@ class Documents:
         """Whether a document is one row of ids (else M)."""
         return self.tokens.layout != PARALLEL
 
+    def stream(self, record: Record) -> Ids:
+        """The ids of a record's codes alone: int64 ``[L]``, or ``[M, L]`` for `parallel`."""
+        seconds = record.duration_s
+        if seconds is not None and self.rate is not None:
+            seconds = len(record.codes) / self.rate  # the last step may reach beyond the content, and counts whole
+        return self.tokens.encode(record.codes, record.grid, seconds)
+
     def ids(self, record: Record) -> Ids:
         """int64 ``[L]``, or ``[M, L]`` for `parallel`.
 
         Raises:
             RecipeError: the template has text, and there is no tokenizer.
         """
-        stream = self.tokens.encode(record.codes, record.grid, record.duration_s)
+        stream = self.stream(record)
         if not self.template.has_text:
             return stream
         if self.tokenizer is None:
@@ -122,7 +137,7 @@ class Documents:
 
     def text(self, record: Record) -> str:
         """The same as text, with a text token for every id of the stream."""
-        ids = self.tokens.encode(record.codes, record.grid, record.duration_s).tolist()
+        ids = self.stream(record).tolist()
         stream = "".join(self._names[token - self.space.text] for token in ids)
         return "".join(stream if piece is None else piece for piece in self.template.pieces(record))
 

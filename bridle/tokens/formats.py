@@ -61,7 +61,7 @@ def write_unit(store: Store, name: str, kind: str, records: Sequence[Record], do
             files[f"{name}.{suffix}"] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     if rows or not records:
         return Written(files, sum(row.size for row in rows))
-    return Written(files, sum(documents.tokens.encode(r.codes, r.grid, r.duration_s).size for r in records))
+    return Written(files, sum(documents.stream(record).size for record in records))
 
 
 def needs_ids(kind: str, documents: Documents) -> bool:

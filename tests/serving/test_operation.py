@@ -211,7 +211,7 @@ def test_a_full_queue_answers_429_with_retry_after(own: Server, sounds: list[byt
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in busy)
     assert busy[0].json()["type"] == "urn:bridle:problem:busy"
     files = [("file", sounds[0])] * 17
-    assert httpx.post(own.url + "/tokenize", files=files, timeout=60).status_code == 429
+    assert httpx.post(own.url + "/tokenize", files=files, timeout=60).status_code == 413  # to wait would not help
 
 
 def test_work_of_gone_clients_and_past_deadlines_is_dropped(own: Server, sounds: list[bytes]) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,3 +168,17 @@ def test_a_claim_is_kept_while_its_owner_beats_and_lost_with_it(
     assert silent.take("a")
     file.write_text(json.dumps({**content, "pid": 2**22 + 1}))
     assert Claims(store, 2, lease_s=60).take("a"), "its process is gone from this machine"
+
+
+def test_a_claim_of_another_container_on_this_machine_counts(tmp_path: Path) -> None:
+    owner = "from bridle.tokens.claims import Claims; from bridle.tokens.store import Store; import sys; "
+    owner += "print(Claims(Store(sys.argv[1]), 0, 300).take('a'), flush=True); sys.stdin.read()"
+    apart = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*apart, "true"], check=False).returncode:
+        pytest.skip("no namespace of processes to be had here")
+    command = [*apart, sys.executable, "-c", owner, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        assert not Claims(Store(str(tmp_path)), 1, lease_s=300).take("a")
+        process.communicate("")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from corpus_inputs import sample_media, write_shards, write_tar
 from test_bulk import bulk, expected_codes, manifest
 
 from bridle.cli import main
+from bridle.commands.tokenize_bulk import own_gpu
 from bridle.tokens.corpus import Corpus
 
 
@@ -79,6 +82,27 @@ def test_what_cannot_be_is_told_first(
     assert bulk(models["image"], [shard], tmp_path / "out", *words) in (1, 2)
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out" / "data").exists()
+
+
+def test_time_marks_stand_where_their_second_begins_though_the_last_step_is_not_full(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    sound, seconds, step = tmp_path / "long.wav", 15.3, 0.16
+    soundfile.write(sound, 0.1 * np.sin(np.arange(round(16_000 * seconds)) / 20), 16_000)
+    assert bulk(models["audio"], [sound], tmp_path / "out", "--time-marks", "1") == 0
+    corpus = Corpus(str(tmp_path / "out"))
+    [row] = corpus
+    assert row.ids is not None and row.duration_s == seconds
+    marks = np.flatnonzero(row.ids > corpus.tokens.ids.end) - 1
+    marks = marks[marks < len(row.ids) - 2]
+    before = (marks - np.arange(len(marks))) // (3 * row.grid["frequency"])
+    assert before.tolist() == [math.ceil(second / step - 1e-9) for second in range(16)]
+
+
+def test_a_rank_that_sees_one_gpu_takes_it() -> None:
+    assert [own_gpu(local, 8) for local in (0, 3, 7)] == ["cuda:0", "cuda:3", "cuda:7"]
+    assert [own_gpu(local, 1) for local in (0, 3)] == ["cuda:0", "cuda:0"]
+    assert own_gpu(3, 0) == "cuda"  # which is refused as it was written
 
 
 @pytest.mark.parametrize(
