@@ -82,19 +82,19 @@ def _is_ready(url: str) -> bool:
 def test_a_rolling_restart_under_load_fails_no_request(tmp_path: Path, audio_folder: Path, sounds: list[bytes]) -> None:
     with contextlib.ExitStack() as stack:
 
-        def start(name: str) -> Server:
+        def start(name: str, lame_duck_seconds: int) -> Server:
             folder = tmp_path / name
             folder.mkdir()
-            return stack.enter_context(serving(folder, audio_folder, lame_duck_seconds=12))
+            return stack.enter_context(serving(folder, audio_folder, lame_duck_seconds=lame_duck_seconds))
 
-        instances = {server.url: server for server in (start("first"), start("second"))}
+        instances = {server.url: server for server in (start("first", 12), start("second", 12))}
         with Balancer(instances, sounds) as balancer:
             for number, old in enumerate(list(instances)):
                 balancer.wait_until_served_by(old)
                 instances[old].process.send_signal(signal.SIGTERM)
                 assert instances[old].process.wait(300) == 0
                 del instances[old]
-                new = start(f"again-{number}")
+                new = start(f"again-{number}", 0)
                 instances[new.url] = new
                 balancer.wait_until_served_by(new.url)
     assert set(balancer.statuses) == {200}, balancer.statuses
