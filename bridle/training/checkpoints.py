@@ -84,7 +84,7 @@ class PhaseCheckpoints:
 
         Older checkpoints beyond `keep` go only after it stands, and stay if it cannot be written.
         """
-        keeper.ready()  # one at a time, also in memory
+        keeper.ranks.on_first(keeper.ready)  # one at a time, also in memory
         weights, moments = gather_state(engine, keeper.ranks.first, self.memory)
         buffers = cpu_buffers(engine.module) if keeper.ranks.first else {}
         target, state = self.step(position.step), asdict(position)

@@ -30,7 +30,7 @@ class Ranks:
     control: dist.ProcessGroup | None = None
     """A gloo group of all ranks beside the one that trains, for what the hosts tell each other."""
     when_well: list[Callable[[], None]] = field(default_factory=list)
-    """Called while ranks wait for a long job of rank 0, which says that it is alive."""
+    """Called while ranks wait for a long job of rank 0, which says that it is alive; on rank 0 itself, too."""
     local: int = 0
     """Rank among those of this machine."""
 
@@ -84,7 +84,8 @@ class Ranks:
             OSError: on the others, where it raised anything else, which rank 0 itself raises: none waits for ever.
         """
         if self.world == 1:
-            return job()
+            with self._reassured():
+                return job()
         result, failure = None, None
         with self._reassured():
             if self.first:
@@ -106,6 +107,8 @@ class Ranks:
         done = threading.Event()
 
         def say(ended: bool) -> bool:
+            if self.world == 1:
+                return ended
             word = torch.tensor([float(ended)])
             dist.broadcast(word, src=0, group=self.control)
             return bool(word.item())
@@ -118,10 +121,12 @@ class Ranks:
         speaker = threading.Thread(target=reassure, name="bridle-reassure", daemon=True)
         if self.first:
             speaker.start()
-        yield
-        if self.first:
-            done.set()
-            speaker.join()
+        try:
+            yield
+        finally:
+            if self.first:
+                done.set()
+                speaker.join()
         while not say(True):
             self._is_well()
 

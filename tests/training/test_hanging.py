@@ -6,11 +6,17 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from launching import ROOT, command, environment, output_of, start, start_bare, wait_for_rows
 
+from bridle.training.checkpoints import PhaseCheckpoints, Position
+from bridle.training.keeper import Keeper
+from bridle.training.ranks import Ranks
 from bridle.training.rendezvous import PATIENCE
 
 ENDLESS = ("phases.1.steps=50000", "train.checkpoint_every=2", "train.collective_timeout=10")
@@ -145,3 +151,16 @@ def test_gloo_on_an_interface_that_no_peer_reaches_names_the_variable(tmp_path, 
     assert any(said in output for output in outputs), outputs
     assert all("GLOO_SOCKET_IFNAME" in output or "rank 1" in output for output in outputs), outputs
     assert not (tmp_path / "run").exists()
+
+
+def test_who_waits_for_its_own_disk_or_store_says_that_it_is_well(tmp_path, monkeypatch):
+    monkeypatch.setattr("bridle.training.ranks.REASSURE", 0.01)
+    heard, told = threading.Event(), []
+    keeper = Keeper(Ranks(0, 1, torch.device("cpu"), when_well=[heard.set]), push=lambda: told.append(heard.wait(60)))
+    keeper.deliver()
+    heard.clear()
+    keeper.start("a checkpoint", lambda: told.append(heard.wait(60)))
+    engine = SimpleNamespace(module=torch.nn.Linear(1, 1).requires_grad_(False))
+    PhaseCheckpoints(tmp_path, 1, "encoder").save(engine, Position(step=1), keeper)
+    keeper.close()
+    assert told[:2] == [True, True]
