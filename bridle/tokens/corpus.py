@@ -20,6 +20,7 @@ from bridle.tokens.bulk import VOCABULARY
 from bridle.tokens.formats import DATA, INDEX_HEADER, MEGATRON_TYPES
 from bridle.tokens.layouts import Ids, TokenError
 from bridle.tokens.parts import MANIFEST, Part
+from bridle.tokens.records import Record
 from bridle.tokens.store import Store
 from bridle.tokens.vocabulary import PARALLEL, IdSpace, ModalityTokens, id_space_from_json
 
@@ -109,7 +110,8 @@ class Corpus:
                     np.load(io.BytesIO(members[name]), allow_pickle=False).astype(np.int64)
                     for name in ("codes.npy", "ids.npy")
                 )
-                yield Row(key, codes.T, ids, about["grid"], about.get("duration_s"), about.get("labels", []))
+                record = Record(key, codes.T, about["grid"], about.get("duration_s"), members)
+                yield Row(key, record.codes, ids, record.grid, record.duration_s, record.labels)
 
     def _megatron(self, part: Part) -> Iterator[Row]:
         with self._local(part, "idx") as path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -96,9 +96,16 @@ class FileResult:
 
 
 async def whole(
-    candidates: Sequence[Deployment], operation: str, data: bytes | bytearray, deadline: float, timings: Timings
+    candidates: Sequence[Deployment],
+    operation: str,
+    data: bytes | bytearray,
+    deadline: float,
+    timings: Timings,
+    hold: Callable[[int], None] = lambda _: None,
 ) -> FileResult:
     """A whole file's answer, joined as `bridle tokenize` joins it.
+
+    hold: told the bytes of each window's answer, which stay in memory until the last is there; may refuse them.
 
     Raises:
         as `windows_of`; AnswerTooLargeError: an answer too large to hold.
@@ -112,6 +119,7 @@ async def whole(
             numbers += result.values.size
             if numbers > MAX_NUMBERS:
                 raise AnswerTooLargeError(f"the answer has more than {MAX_NUMBERS} numbers; ask for a pooled one")
+            hold(result.values.nbytes)
             places.append(result.place)
             values.append(np.array(result.values))  # a copy: else its batch's whole answer would stay
     whole_values = values[0] if len(values) == 1 else await aside(partial(np.concatenate, values))

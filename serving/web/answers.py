@@ -62,17 +62,18 @@ async def answer(
     kind: str,
     headers: dict[str, str],
     places: Places,
+    held: int = 0,
 ) -> Response:
     """The response for the clips that `build` makes, of plain values and numpy arrays.
 
     numbers: about how many they hold. What is large is built in a thread and counts against `max_queue_bytes` until it
-    is sent.
+    is sent; held: bytes of it that do already.
 
     Raises:
         ProblemError: too many floats for JSON; no room (429).
     """
     places.give_back_files()
-    places.take_bytes(numbers * BYTES[kind])
+    places.take_bytes(max(0, numbers * BYTES[kind] - held))
     if kind == ARROW:  # whose library takes long to import
         body = await aside(lambda: arrow_body(build()))
     elif numbers >= SMALL:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
-
 from fastapi import Request
 
 from serving.engine.deployment import Deployment
 from serving.engine.errors import EngineError
-from serving.engine.work import FileResult, Timings, each_clip, whole
+from serving.engine.work import FileResult, Timings, each_clip, pooled, whole
 from serving.web.problems import problem_of
 from serving.web.schemas import Parameters
 from serving.web.service import Service
 from serving.web.waiting import while_wanted
 
-Join = Callable[[Sequence[Deployment], str, bytes | bytearray, float, Timings], Coroutine[Any, Any, FileResult]]
-"""`whole` or `pooled`."""
 HEAD = 4096
 """Bytes by which content is recognised."""
 
@@ -31,6 +26,8 @@ class Job:
         self.service = service
         self.deadline = service.admission.deadline(request.headers.get("x-request-timeout"))
         self.timings = Timings()
+        self.held = 0
+        """Bytes of answers that are here and have taken places already."""
         self._parameters = parameters
         self.places = service.places(request)
         if parameters.model is not None or parameters.modality is not None:
@@ -61,14 +58,21 @@ class Job:
             problem.extra["clip"] = index
             raise problem from None
 
-    async def streams(self, operation: str, join: Join = whole) -> list[FileResult]:
+    async def streams(self, operation: str, *, mean: bool = False) -> list[FileResult]:
         """Every file's whole answer, or the mean of it."""
         files = await self.files()
-        work = [join(models, operation, file, self.deadline, self.timings) for file, models in files]
+        if mean:
+            work = [pooled(models, operation, file, self.deadline, self.timings) for file, models in files]
+        else:
+            work = [whole(models, operation, file, self.deadline, self.timings, self._hold) for file, models in files]
         with self.service.tracing.step(operation):
             streams = await while_wanted(self.request, each_clip(work), self.deadline)
         self.note(len(files))
         return streams
+
+    def _hold(self, size: int) -> None:
+        self.places.take_bytes(size)
+        self.held += size
 
     def note(self, files: int) -> None:
         """Adds to the request's log line."""

@@ -107,3 +107,14 @@ def test_a_mean_takes_no_more_room_than_it_has_numbers_and_what_never_finds_room
     assert [answer.status_code for answer in found] == [200, 413]
     assert len(found[0].json()["clips"][0]["embedding"]) == found[0].json()["clips"][0]["width"]
     assert "max_queue_bytes is 1000000" in found[1].json()["detail"]
+
+
+def test_answers_take_room_while_they_come_and_not_when_all_are_there(own: Server) -> None:
+    file, before = io.BytesIO(), own.metric("bridle_serve_clips_total")
+    soundfile.write(file, np.zeros(60 * 16_000), 16_000, format="FLAC")
+    files = [("file", file.getvalue())] * 32
+    headers = {"Accept": "application/x-npz"}
+    answer = httpx.post(own.url + "/encode", params={"pool": "none"}, files=files, headers=headers, timeout=300)
+    assert (answer.status_code, answer.json()["type"]) == (413, "urn:bridle:problem:too-large")
+    assert own.metric("bridle_serve_clips_total") - before < 32 * 60 / 2
+    assert own.metric("bridle_serve_upload_bytes") == 0

@@ -16,7 +16,7 @@ from bridle.processes.messages import Drawn
 from bridle.tokens.layouts import Vocabulary, to_text
 from serving.engine.deployment import Deployment, all_used
 from serving.engine.errors import DeadlineError, FileError
-from serving.engine.work import FileResult, each_clip, pooled, whole, windows_of
+from serving.engine.work import FileResult, each_clip, windows_of
 from serving.web.answers import ARROW, JSON, NDJSON, NPZ, Begun, answer, negotiate
 from serving.web.formats import Clip, json_clip
 from serving.web.job import Job
@@ -53,6 +53,7 @@ async def tokenize(
             kind,
             job.headers(),
             job.places,
+            job.held,
         )
     lines = _lines(job, await job.files(), parameters)
     try:
@@ -69,10 +70,16 @@ async def encode(request: Request, service: TheService, parameters: Annotated[En
     """Files to the encoder's embeddings: their mean, or one for each position."""
     kind = negotiate(request.headers.get("accept"), (JSON, NPZ, ARROW))
     job = Job(request, service, parameters)
-    streams = await job.streams("embed", pooled if parameters.pool == "mean" else whole)
+    streams = await job.streams("embed", mean=parameters.pool == "mean")
     numbers = sum(one.values.size for one in streams)
     return await answer(
-        request, lambda: [_embedding(one, parameters.pool) for one in streams], numbers, kind, job.headers(), job.places
+        request,
+        lambda: [_embedding(one, parameters.pool) for one in streams],
+        numbers,
+        kind,
+        job.headers(),
+        job.places,
+        job.held,
     )
 
 
