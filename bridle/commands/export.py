@@ -36,10 +36,11 @@ def run(args: argparse.Namespace) -> int:
     """
     from bridle.training.remote_run import is_result, on_disk
     from bridle.training.run_folder import export_model, finished_encoder_phases, read_run_recipe
+    from bridle.training.schedule import MAKES_ENCODER
 
     _refuse_to_overwrite(args.target)
     with on_disk(args.run, is_result) as run:
-        phases = [index for index, phase in enumerate(read_run_recipe(run).phases) if phase.kind == "encoder"]
+        phases = [i for i, phase in enumerate(read_run_recipe(run).phases) if isinstance(phase, MAKES_ENCODER)]
         chosen = _choose(args.run, args.iteration, phases, finished_encoder_phases(run))
         export_model(run, chosen, args.target, args.name, args.licence)
     named = f" as '{args.name}'" if args.name else ""
@@ -56,7 +57,7 @@ def _name(text: str) -> str:
 
 
 def _choose(run: str, iteration: int | None, phases: list[int], finished: list[int]) -> int:
-    """Index of the encoder phase to export."""
+    """Index of the phase to export, which ends with an encoder."""
     from bridle.settings import RecipeError
 
     if iteration is not None and not 1 <= iteration <= len(phases):

@@ -10,6 +10,7 @@ import torch
 import yaml
 from launching import TINY, pretrain, rows, start_and_signal
 
+from bridle.cli import main
 from bridle.config import JointPhase, load_recipe
 from bridle.model_folder import load
 from bridle.modeling.bridle import Components
@@ -177,6 +178,10 @@ def test_a_joint_run_resumes_to_the_last_digit_and_leaves_a_model(quantizer, tmp
     model = load(whole / "models/final")
     assert model.info["tokenizer"] == "learned" and model.info["codebooks"] == quantizer["codebooks"]
     assert (whole / "models/iteration-2").is_dir()
+    assert main(["export", str(whole), str(tmp_path / "exported")]) == 0
+    assert main(["export", str(whole), str(tmp_path / "second"), "--iteration", "2"]) == 0
+    for folder in ("exported", "second"):
+        assert load(tmp_path / folder).info["sha256"] == model.info["sha256"]
 
 
 def test_joint_training_with_zero_3_is_refused(tmp_path):
