@@ -76,7 +76,8 @@ class Corpus:
             OSError: a missing one.
         """
         read = {"parquet": self._parquet, "webdataset": self._tar, "megatron": self._megatron, "jsonl": self._jsonl}
-        yield from read[self.kind](part)
+        if part.samples:  # else it has no file
+            yield from read[self.kind](part)
 
     def __iter__(self) -> Iterator[Row]:
         for part in self.parts:
@@ -100,8 +101,6 @@ class Corpus:
         from bridle.data.shards import open_shards
 
         with self._local(part, "tar") as path:
-            if not part.samples:
-                return
             shards = open_shards([str(path)], extensions=["codes.npy"])
             for i in range(len(shards)):
                 key, _, members = shards.members(i, besides=())

@@ -48,18 +48,21 @@ Write = Callable[[Path, Sequence[Record], Sequence[Ids], Documents], None]
 
 
 def write_unit(store: Store, name: str, kind: str, records: Sequence[Record], documents: Documents) -> Written:
-    """Writes the files of one unit to ``data/``; each appears whole.
+    """Writes the files of one unit to ``data/``; each appears whole. A unit without records has none: many readers fail
+    on files without rows (Parquet knows no type for its grid, `datasets` and Megatron refuse empty ones).
 
     Raises:
         OSError: see `Store.put`.
     """
+    if not records:
+        return Written({}, 0)
     rows = [documents.ids(record) for record in records] if needs_ids(kind, documents) else []
     files = {}
     for suffix, write in FORMATS[kind].items():
         with store.put(f"{DATA}/{name}.{suffix}") as path:
             write(path, records, rows, documents)
             files[f"{name}.{suffix}"] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    if rows or not records:
+    if rows:
         return Written(files, sum(row.size for row in rows))
     return Written(files, sum(documents.stream(record).size for record in records))
 
@@ -147,7 +150,7 @@ def _write_parquet(path: Path, records: Sequence[Record], rows: Sequence[Ids], d
 
 
 def table_of(records: Sequence[Record], rows: Sequence[Ids], documents: Documents) -> Any:
-    """An Arrow table, a row for each sample.
+    """An Arrow table, a row for each sample (at least one).
 
     codes: M lists of N integers. grid: a struct. input_ids: a list, or M lists. members: name and content.
     """
@@ -155,7 +158,7 @@ def table_of(records: Sequence[Record], rows: Sequence[Ids], documents: Document
 
     kind = pa.from_numpy_dtype(code_type(documents.tokens.ids.codebook_size))
     books = documents.tokens.ids.codebooks
-    axes = list(records[0].grid) if records else []
+    axes = list(records[0].grid)
     ids = _lists(pa, rows, pa.int32()) if documents.flat else _nested(pa, rows, books, pa.int32())
     members = [
         [{"name": name, "content": content} for name, content in sorted(record.members.items())] for record in records

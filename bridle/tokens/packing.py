@@ -124,10 +124,11 @@ def _pack_part(corpus: Corpus, part: Part, store: Store, length: int) -> dict[st
             return dict(before)
     documents = [row.ids for row in corpus.rows(part) if row.ids is not None]
     packed = pack(documents, length, corpus.space.pad)
-    name = f"{part.name}.parquet"
-    with store.put(f"{DATA}/{name}") as path:
-        _write(path, packed, length)
-        files = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)}}
+    name, files = f"{part.name}.parquet", {}
+    if packed.rows:  # `datasets` refuses a file without rows
+        with store.put(f"{DATA}/{name}") as path:
+            _write(path, packed, length)
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     done = {
         "name": part.name,
         "source": made_of,

@@ -29,15 +29,22 @@ def read_tokenizer(source: str) -> Tokenizer:
     file = path / FILES if path.is_dir() else path
     try:
         if file.is_file():
-            return Tokenizer.from_file(str(file))
+            return _unbounded(Tokenizer.from_file(str(file)))
         if path.exists() or source.count("/") != 1 or source.startswith("."):
             raise TokenError(f"tokenizer {source}: no {FILES} there; give the file, its folder or a hub id")
-        return Tokenizer.from_pretrained(source)
+        return _unbounded(Tokenizer.from_pretrained(source))
     except TokenError:
         raise
     except Exception as error:  # the library raises bare Exception for whatever it finds
         reason = " ".join(str(error).split())[:300]
         raise TokenError(f"tokenizer {source}: cannot be read ({reason}); expected a Hugging Face {FILES}") from None
+
+
+def _unbounded(tokenizer: Tokenizer) -> Tokenizer:
+    """Without truncation and padding, which some files ask for: pieces of a document keep their own length."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def text_size(tokenizer: Tokenizer) -> int:

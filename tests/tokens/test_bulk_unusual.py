@@ -6,11 +6,13 @@ import json
 import math
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
 from corpus_inputs import sample_media, write_shards, write_tar
-from test_bulk import bulk, expected_codes, manifest
+from test_bulk import READERS, bulk, expected_codes, manifest
+from tokenizers import Tokenizer
 
 from bridle.cli import main
 from bridle.commands.tokenize_bulk import own_gpu
@@ -82,6 +84,41 @@ def test_what_cannot_be_is_told_first(
     assert bulk(models["image"], [shard], tmp_path / "out", *words) in (1, 2)
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out" / "data").exists()
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_shard_without_a_sample_of_the_modality_has_no_file_that_readers_fail_on(
+    kind: str, models: dict[str, Path], sounds: list[Path], tmp_path: Path
+) -> None:
+    empty = write_tar(tmp_path / "empty.tar", [("a.txt", b"no sound"), ("b.txt", b"none either")])
+    broken = write_tar(tmp_path / "broken.tar", [("a.flac", b"fLaC and no more")])
+    out = tmp_path / "out"
+    assert bulk(models["audio"], [sounds[0], empty, broken], out, "--format", kind, "--max-corrupt", "1") == 0
+    assert READERS[kind](out).keys() == {f"k{number:03d}" for number in range(5)}
+    assert len(list(Corpus(str(out)))) == 5
+    assert bulk(models["audio"], [sounds[0], empty, broken], out, "--format", kind, "--verify") == 0
+    if kind != "jsonl":
+        assert main(["pack", str(out), "--length", "100", "--out", str(tmp_path / "packed")]) == 0
+        rows = datasets.load_dataset(str(tmp_path / "packed"), split="train", streaming=True)
+        assert {len(row["input_ids"]) for row in rows} == {100}
+
+
+def test_a_text_tokenizer_that_cuts_and_pads_does_neither_here(
+    models: dict[str, Path], text_tokenizer: Path, tmp_path: Path
+) -> None:
+    [(extension, data)] = sample_media("image", 1)
+    shard = write_tar(tmp_path / "s.tar", [(f"a.{extension}", data)])
+    tokenizer = Tokenizer.from_file(str(text_tokenizer / "tokenizer.json"))
+    expected = tokenizer.encode("a sound of a dog", add_special_tokens=False).ids
+    for change in (lambda: tokenizer.enable_padding(length=64), lambda: tokenizer.enable_truncation(1)):
+        change()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    more = ["--template", "a sound of a dog{codes}", "--tokenizer", str(tmp_path / "tokenizer.json")]
+    assert bulk(models["image"], [shard], tmp_path / "out", *more) == 0
+    corpus = Corpus(str(tmp_path / "out"))
+    [row] = corpus
+    assert row.ids is not None
+    assert row.ids[: list(row.ids).index(corpus.tokens.ids.begin)].tolist() == expected
 
 
 def test_time_marks_stand_where_their_second_begins_though_the_last_step_is_not_full(
