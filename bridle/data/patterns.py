@@ -96,9 +96,11 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _remote(url: str, pattern: str) -> list[str]:
-    if url.startswith(fetch.PIPE) or not GLOB & set(urlsplit(url).path):
+    scheme, _, place = url.partition("://")
+    looked = urlsplit(url).path if scheme in WEB else place  # in a store a question mark begins no query
+    if url.startswith(fetch.PIPE) or not GLOB & set(looked):
         return [url]
-    if url.partition("://")[0] in WEB:
+    if scheme in WEB:
         raise ShardError(
             f"shards '{pattern}': a web server cannot be searched; write braces, for example {{0000..0099}}"
         )

@@ -270,6 +270,9 @@ def test_any_store_that_fsspec_knows_is_searched_and_read(tmp_path: Path, make_t
     found = open_shards(["memory://bucket/train-*.tar"], extensions=["num"])
     assert [shard.url for shard in found.shards] == ["memory://bucket/train-0.tar", "memory://bucket/train-1.tar"]
     assert contents(found) == [content for _, content in samples("a") * 2]
+    assert [shard.url for shard in open_shards(["memory://bucket/train-?.tar"], extensions=["num"]).shards] == [
+        "memory://bucket/train-0.tar", "memory://bucket/train-1.tar",
+    ]  # fmt: skip
     everywhere = open_shards(["memory://bucket/*train-*.tar"], extensions=["num"])
     assert [shard.url.rpartition("/")[2] for shard in everywhere.shards] == [
         "train-2.tar",
