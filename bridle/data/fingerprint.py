@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,20 +38,29 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    then, here = before["shards"], now["shards"]
-    names = [{shard["name"] for shard in shards} for shards in (then, here)]
-    for what, found in (("gone", names[0] - names[1]), ("new", names[1] - names[0])):
+    then, here = _by_name(before["shards"]), _by_name(now["shards"])
+    for what, found in (("gone", then.keys() - here.keys()), ("new", here.keys() - then.keys())):
         if found:
-            yield _named(sorted(found), what)
-    old = {shard["name"]: shard for shard in then}
-    changed = [shard["name"] for shard in here if shard["name"] in old and not same(old[shard["name"]], shard)]
+            yield _named(sorted({name for name, _ in found}), what)
+    changed = [name for name, number in here if (name, number) in then
+               and not same(then[name, number], here[name, number])]  # fmt: skip
     if changed:
         yield _named(changed, "changed in content")
-    if not changed and names[0] == names[1]:
-        if [shard["name"] for shard in then] != [shard["name"] for shard in here]:
+    if not changed and then.keys() == here.keys():
+        if list(then) != list(here):
             yield "the shards stand in another order"
         elif before["sources"] != now["sources"]:
             yield "the sources have other weights or shares of the shards"
+
+
+def _by_name(shards: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Prints by their names and numbers: those of two folders often have the same names."""
+    seen: Counter[str] = Counter()
+    found = {}
+    for shard in shards:
+        found[shard["name"], seen[shard["name"]]] = shard
+        seen[shard["name"]] += 1
+    return found
 
 
 def same(before: dict[str, Any], now: dict[str, Any]) -> bool:

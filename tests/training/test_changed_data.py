@@ -41,6 +41,21 @@ def begin_and_stop(run: Path, *arguments: str) -> None:
 
 
 @pytest.mark.slow
+def test_shards_of_two_folders_may_have_the_same_names(tmp_path: Path) -> None:
+    for number, (name, count) in enumerate((("speech", 5), ("music", 9)), 1):
+        build(sounds(tmp_path / f"{name}-sounds", count, seed=number), tmp_path / name)
+    short = ("phases=[{kind: cold_start}, {kind: encoder, steps: 2, lr: 1.0e-3}]", "--data")
+    both = [f"{tmp_path}/{name}/shard-00000*.tar" for name in ("speech", "music")]
+    pretrain(tmp_path / "run", *short, *both)
+    assert "done" in pretrain(tmp_path / "run", *short, *both).stdout
+    other = pretrain(tmp_path / "run", *short, *both[::-1], check=False)
+    assert other.returncode == 2 and "changed in content: shard-000000.tar, shard-000000.tar" in other.stderr
+    (tmp_path / "music" / "shard-000001.tar").unlink()
+    fewer = pretrain(tmp_path / "run", *short, *both, check=False)
+    assert fewer.returncode == 2 and "begun with other data (gone: shard-000001.tar)" in fewer.stderr
+
+
+@pytest.mark.slow
 def test_a_run_refuses_changed_shards_goes_on_with_moved_ones_and_with_new_ones_when_told(tmp_path: Path) -> None:
     run, first = tmp_path / "run", tmp_path / "first"
     build(sounds(tmp_path / "sounds", 24, seed=1), first, "--heldout", "0.1")
