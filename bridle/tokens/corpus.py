@@ -127,12 +127,13 @@ class Corpus:
         number = {name: self.space.text + i for i, name in enumerate(self.space.added_tokens())}
         with self._local(part, "jsonl") as path, path.open(encoding="utf-8") as stream:
             for line in stream:
-                about = json.loads(line)
-                if "input_ids" in about:
-                    ids = np.array(about["input_ids"], np.int64)
+                written = json.loads(line)
+                about = json.loads(written["about"])
+                if "input_ids" in written:
+                    ids = np.array(written["input_ids"], np.int64)
                     yield self._row(about, ids, ids)
                 else:
-                    found = [number[name] for name in _TOKEN.findall(about["text"]) if name in number]
+                    found = [number[name] for name in _TOKEN.findall(written["text"]) if name in number]
                     yield self._row(about, np.array(found, np.int64), None)
 
     def _row(self, about: dict[str, Any], document: Ids, ids: Ids | None) -> Row:

@@ -112,11 +112,14 @@ def _json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _write_jsonl(path: Path, records: Sequence[Record], rows: Sequence[Ids], documents: Documents) -> None:
+    """What a sample is stands in one string: `datasets` takes each column's type from the first rows of the first file,
+    and fails on others that have other labels or members."""
     if documents.flat:
-        _json_lines(path, [{"text": documents.text(record), **describe(record)} for record in records])
-        return
-    lines = [{"input_ids": ids.tolist(), **describe(r)} for r, ids in zip(records, rows, strict=True)]
-    _json_lines(path, lines)
+        contents: list[dict[str, Any]] = [{"text": documents.text(record)} for record in records]
+    else:
+        contents = [{"input_ids": ids.tolist()} for ids in rows]
+    about = [{"key": utf8(record.key), "about": json.dumps(describe(record), ensure_ascii=False)} for record in records]
+    _json_lines(path, [{**content, **one} for content, one in zip(contents, about, strict=True)])
 
 
 def _write_tar(path: Path, records: Sequence[Record], rows: Sequence[Ids], documents: Documents) -> None:

@@ -33,7 +33,7 @@ def test_half_a_character_in_a_caption_costs_that_character(
     assert row.labels == ["dog\ufffd"]
     if kind == "jsonl":
         [line] = next((out / "data").glob("*.jsonl")).read_text().splitlines()
-        assert json.loads(line)["caption"] == "a dog \ufffd"
+        assert json.loads(json.loads(line)["about"])["caption"] == "a dog \ufffd"
         assert json.loads(line)["text"].startswith("a dog \ufffd dog\ufffd \ufffd: <|image|>")
 
 
@@ -101,6 +101,22 @@ def test_a_shard_without_a_sample_of_the_modality_has_no_file_that_readers_fail_
         assert main(["pack", str(out), "--length", "100", "--out", str(tmp_path / "packed")]) == 0
         rows = datasets.load_dataset(str(tmp_path / "packed"), split="train", streaming=True)
         assert {len(row["input_ids"]) for row in rows} == {100}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_shards_whose_samples_have_other_members_are_read_as_one_data_set(
+    kind: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    [(extension, data)] = sample_media("image", 1)
+    others = [("json", b'{"label": "dog"}'), ("txt", b"a dog"), ("txt", b"\xe9t\xe9"), ("raw", b"1")]
+    shards = [
+        write_tar(tmp_path / f"s{i}.tar", [(f"a{i}.{extension}", data), (f"a{i}.{name}", content)])
+        for i, (name, content) in enumerate(others)
+    ]
+    assert bulk(models["image"], shards, tmp_path / "out", "--format", kind) == 0
+    rows = datasets.load_dataset(str(tmp_path / "out"), split="train", streaming=True)
+    assert sorted(row["key"] for row in rows) == ["a0", "a1", "a2", "a3"]
+    assert sorted(row.labels for row in Corpus(str(tmp_path / "out"))) == [[], [], [], ["dog"]]
 
 
 def test_a_text_tokenizer_that_cuts_and_pads_does_neither_here(
