@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,9 +57,9 @@ def build(
     """Writes ``shard-000000.tar``, … with their indexes, and ``missing.txt`` where files were missing.
 
     With a held-out share, ``heldout/`` has shards of its own. ``source.json`` says what the shards were built from. A
-    shard that is there with just the planned keys and sizes, and is younger than its files, is kept. Shards of another
-    plan are never overwritten half: each is replaced whole. A file that cannot be read is left out, and the next run
-    tries its shard again.
+    shard that is there with just the planned keys, sizes and labels, and is younger than its files, is kept. Shards of
+    another plan are never overwritten half: each is replaced whole. A file that cannot be read is left out, and the
+    next run tries its shard again.
 
     Args:
         shard_bytes: a shard is closed before it passes this, unless one sample alone does.
@@ -203,7 +204,7 @@ def _finished(path: Path, group: list[Planned]) -> index.Header | None:
         header, entries = index.scan(path)
         found = [(entry.key, {name: size for name, (_, size) in entry.members.items()}) for entry in entries]
         planned = [(sample.key, {sample.extension: sample.size, "json": len(sample.json)}) for sample in group]
-        if found != planned:
+        if found != planned or not _told(path, entries, group):
             return None
         with contextlib.suppress(ShardError, OSError):
             stored = index.read_header(path.with_name(path.name + index.SUFFIX))
@@ -211,6 +212,16 @@ def _finished(path: Path, group: list[Planned]) -> index.Header | None:
                 return stored
         return write_index(path)
     return None
+
+
+def _told(path: Path, entries: Sequence[index.Entry], group: Sequence[Planned]) -> bool:
+    """Whether each KEY.json says what is planned: a label put right in a table need change neither sizes nor files."""
+    with path.open("rb") as tar:
+        for entry, sample in zip(entries, group, strict=True):
+            offset, size = entry.members["json"]
+            if os.pread(tar.fileno(), size, offset) != sample.json:
+                return False
+    return True
 
 
 def _changed(file: Path) -> int:

@@ -53,6 +53,16 @@ def test_esc50_reads_its_table(tree: Tree, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "missing.txt").read_text() == "5-gone-A-49.wav\n"
 
 
+def test_a_label_that_was_put_right_is_built_again(tree: Tree, tmp_path: Path) -> None:
+    table = b"filename,fold,target,category\n1-1-A-0.wav,1,0,cat\n"
+    root = tree({"meta/esc50.csv": table, "audio/1-1-A-0.wav": b"bark"})
+    for label in ("cat", "dog"):
+        (root / "meta/esc50.csv").write_bytes(table.replace(b"cat\n", f"{label}\n".encode()))
+        assert build("esc50", root, tmp_path / "out") == 0
+        (sample,) = samples(tmp_path / "out").values()
+        assert sample.labels == [label]
+
+
 @pytest.mark.parametrize("template", ["{}", "Y{}", "{}_30.000", "{}_30000_40000", "Y{}_30.000_40.000", "{}-30-40"])
 def test_audioset_finds_files_under_their_usual_names(tree: Tree, tmp_path: Path, template: str) -> None:
     table = b"# Segments csv created\n# num_ytids=2\n# YTID, start_seconds, end_seconds, positive_labels\n"
