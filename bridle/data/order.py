@@ -192,6 +192,8 @@ class SampleOrder:
         """The blocks that hold the samples from `begin` to `stop` of a pass; the first and last become pieces."""
         ends = np.cumsum(sizes[blocks], dtype=np.int64)
         low, high = np.searchsorted(ends, begin, side="right"), np.searchsorted(ends, stop, side="left")
+        if low > high:  # no sample at all, between two blocks
+            return blocks[:0]
         taken = blocks[low : high + 1].copy()
         firsts, lasts = self._bounds(taken[[0, -1]].astype(np.int64))
         firsts[0] += begin - (ends[low] - sizes[blocks[low]])

@@ -76,6 +76,14 @@ def test_half_a_source_comes_in_one_epoch_and_the_other_half_in_the_next() -> No
     assert later != halves[0]  # another half in each pass
 
 
+@pytest.mark.parametrize("block", [1, 2, 3, 16])
+def test_an_epoch_may_take_nothing_of_a_source(block: int) -> None:
+    given = [(Fraction(1), [3]), (Fraction(3, 10), [2]), (Fraction("0.001"), [17, 20])]
+    order = order_of(given, block, 2)
+    found = seen(order, 0, order.begin(1000))
+    assert all(found[i] == weight * 1000 for weight, samples in samples_of(given) for i in samples)
+
+
 @settings(max_examples=60, deadline=None)
 @given(sources, small, small, st.lists(st.integers(0, 600), min_size=1, max_size=10))
 def test_mixed_order_does_not_depend_on_what_was_asked_before(
