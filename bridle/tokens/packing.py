@@ -97,6 +97,9 @@ def pack_corpus(source: str, out: str, length: int) -> dict[str, Any]:
     before = store.read_json(JOB)
     if before not in (None, about) or (before is None and store.exists()):
         raise MistakeError(f"{out}: holds something else than this packing; choose an empty folder")
+    others = sorted(store.sizes(PARTS).keys() - {f"{part.name}.json" for part in corpus.parts})
+    if others:
+        raise MistakeError(f"{out}: holds what {source} has not, such as {others[0]}; choose an empty folder")
     if before is None:
         for name in (VOCABULARY, *(f"{TOKENIZER}/{name}" for name in corpus.store.sizes(TOKENIZER))):
             store.put_bytes(name, corpus.store.read(name) or b"")

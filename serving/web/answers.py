@@ -35,24 +35,31 @@ def negotiate(accept: str | None, offered: Sequence[str]) -> str:
     Raises:
         ProblemError: none is accepted (406).
     """
+    ranges = [_range(part) for part in (accept or "*/*").split(",")[:32]]
+    refused = {kind for kind, rank in ranges if not rank > 0}
     best, best_rank = "", 0.0
-    for part in (accept or "*/*").split(",")[:32]:
-        kind, *options = (word.strip().lower() for word in part.split(";"))
-        rank = 1.0
-        for option in options:
-            if option.startswith("q="):
-                try:
-                    rank = float(option[2:])
-                except ValueError:
-                    rank = 0.0
+    for kind, rank in ranges:
         for candidate in offered:
             whole = candidate.partition("/")[0] + "/*"
-            if kind in (candidate, whole, "*/*") and rank > best_rank:
+            if kind in (candidate, whole, "*/*") and rank > best_rank and candidate not in refused:
                 best, best_rank = candidate, rank
                 break
     if not best:
         raise ProblemError("not-acceptable", f"Accept names none of {', '.join(offered)}")
     return best
+
+
+def _range(part: str) -> tuple[str, float]:
+    """A media range of Accept and its q."""
+    kind, *options = (word.strip().lower() for word in part.split(";"))
+    rank = 1.0
+    for option in options:
+        if option.startswith("q="):
+            try:
+                rank = float(option[2:])
+            except ValueError:
+                rank = 0.0
+    return kind, rank
 
 
 async def answer(

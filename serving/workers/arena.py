@@ -64,5 +64,6 @@ class Arena:
         return self._memory[slot, : math.prod(shape)].reshape(shape).copy()
 
     def close(self) -> None:
-        """Closes the service's handle."""
+        """Gives the service's side of the memory back, now: what is retired may wait long for the garbage collector."""
         os.close(self.fd)
+        self._memory = np.zeros((0, 0), np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from pathlib import Path
 
 from bridle.modalities import describe
 from bridle.modalities.clip import Limits
@@ -50,3 +51,16 @@ def test_who_leaves_while_waiting_for_a_slot_costs_no_process(pictures: list[byt
 
     before, after = asyncio.run(pids())
     assert before == after
+
+
+def test_an_arena_that_is_closed_holds_no_memory() -> None:
+    def held() -> tuple[int, int]:
+        mapped = Path("/proc/self/maps").read_text().count("bridle-clips")
+        opened = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        return mapped, sum("bridle-clips" in str(target) for target in opened)
+
+    before, arena = held(), Arena(4, 1 << 20)
+    assert held() > before
+    arena.close()
+    assert held() == before
+    del arena

@@ -22,6 +22,7 @@ from serving.metrics import Metrics
 from serving.settings import ServeSettings, read_settings
 from serving.web import keys
 from serving.web.admission import Admission
+from serving.web.answers import negotiate
 from serving.web.app import build_app
 from serving.web.keys import Key, KeyRing, new_key, parse_keys, presented_key
 from serving.web.npz import MAX_DIRECTORY, read_npz, write_npz
@@ -381,3 +382,13 @@ def test_a_key_that_cannot_be_made_is_told_by_its_own_words() -> None:
         new_key("a b")
     with pytest.raises(RecipeError, match="--scopes: found 'use,admin', expected some of use, metrics, admin"):
         new_key("a", ("use,admin",))
+
+
+def test_an_answer_is_never_of_a_kind_that_the_client_refuses() -> None:
+    offered = ("application/json", "application/x-npz")
+    assert negotiate("application/json;q=0, */*", offered) == "application/x-npz"
+    assert negotiate("*/*, application/json; q=0.0", offered) == "application/x-npz"
+    assert negotiate("application/x-npz, */*", offered) == "application/x-npz"
+    assert negotiate("application/json;q=0.5, application/*;q=0.4", offered) == "application/json"
+    with told("not-acceptable", "Accept names none"):
+        negotiate("*/*;q=0", offered)

@@ -67,6 +67,13 @@ def test_outputs_of_other_inputs_are_not_forgotten(
     assert manifest(out) == before
     assert bulk(models["image"], [one, two], out) == 0
     assert manifest(out)["summary"]["samples"] == 2
+    assert bulk(models["image"], [two], tmp_path / "other") == 0
+    packed = ["--length", "100", "--out", str(tmp_path / "packed")]
+    assert main(["pack", str(out), *packed]) == 0
+    before = manifest(tmp_path / "packed")
+    assert main(["pack", str(tmp_path / "other"), *packed]) == 1
+    assert "has not, such as s0-" in capsys.readouterr().err
+    assert manifest(tmp_path / "packed") == before
 
 
 @pytest.mark.parametrize(
