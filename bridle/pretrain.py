@@ -82,9 +82,8 @@ def begin(program: str, script: str, job: Callable[[StopRequest, ForeignWarnings
     """
     # A script's folder stands first on the path, where bridle/ray.py would be taken for Ray by whoever imports that.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(script).resolve().parent]
-    rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     foreign = ForeignWarnings.divert()
     stop = StopRequest().listen()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost peer costs pages of C++ frames

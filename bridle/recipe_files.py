@@ -39,7 +39,10 @@ def _read(name: str, below: str) -> dict[str, Any]:
         if not path.is_file():
             known = ", ".join(shipped_recipes(below))
             raise RecipeError(f"recipe {name}: no such file; give a path to a YAML file or one of: {known}")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"recipe {name}: not a text in UTF-8 ({error.reason} at byte {error.start})") from None
     elif name in shipped_recipes(below):
         text = (resources.files("bridle") / "recipes" / below / f"{name}.yaml").read_text(encoding="utf-8")
     else:

@@ -149,6 +149,6 @@ def _child(node: Any, key: str, override: str) -> Any:
 
 
 def _list_index(node: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
+    if not (key.isascii() and key.isdigit()) or int(key) >= len(node):
         raise RecipeError(f"override '{override}': '{key}' is no position in a list of {len(node)} (they count from 0)")
     return int(key)

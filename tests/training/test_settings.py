@@ -10,7 +10,8 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from launching import TINY, pretrain
+from launching import ROOT, TINY, command, environment, pretrain
+from warm import run_warm
 
 from bridle import pretrain as door
 from bridle.config import TrainSettings, load_recipe
@@ -43,6 +44,7 @@ def refused(capsys, *arguments: str) -> str:
         (["phases.1.epoch=3"], "did you mean 'epochs'?"),
         (["train.batch_size=many"], "train.batch_size"),
         (["phases.7.lr=1"], "no position in a list of 4"),
+        (["phases.².lr=1"], "'²' is no position in a list of 4"),
         (["nonsense"], "expected dotted.key=value"),
         (["model.encoder.heads=5"], "does not divide width"),
         (["phases.1.epochs=3"], "either epochs or steps"),
@@ -79,6 +81,18 @@ def test_every_shipped_recipe_loads_with_its_modality(name):
     recipe = load_recipe(name)
     clip = {key: value for key, value in recipe.clip.items() if value != "auto"}  # which a run replaces first
     assert build_modality(recipe.modality, clip).name == recipe.modality
+
+
+def test_a_recipe_that_is_no_text_is_named(capsys, tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"modality: \xff\xfe")
+    assert "mine.yaml: not a text in UTF-8" in refused(capsys, "--recipe", str(tmp_path / "mine.yaml"))
+
+
+def test_a_rank_that_is_no_number_is_named(tmp_path):
+    variables = [{"RANK": "first", "WORLD_SIZE": "1"}]
+    done = run_warm(command(tmp_path / "run"), env=environment(), cwd=ROOT, ranks=variables)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "the environment's RANK is 'first'; expected a whole number" in done.stderr
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
