@@ -265,7 +265,9 @@ class Client(_Requests):
         return self.tokenize_many([source], **options)[0]
 
     def tokenize_many(self, sources: Sequence[Source], **options: Unpack[TokenizeOptions]) -> list[Codes]:
-        """Files (paths or bytes) to codes, in one request."""
+        """Files (paths or bytes) to codes, in one request; none for none."""
+        if not sources:
+            return []
         return self._run(_tokenize(sources, **options))
 
     def windows(self, source: Source, *, model: str | None = None, modality: str | None = None) -> Iterator[Window]:
@@ -339,6 +341,8 @@ class AsyncClient(_Requests):
 
     async def tokenize_many(self, sources: Sequence[Source], **options: Unpack[TokenizeOptions]) -> list[Codes]:
         """See `Client.tokenize_many`."""
+        if not sources:
+            return []
         return await self._run(_tokenize(sources, **options))
 
     async def windows(

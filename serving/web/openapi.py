@@ -7,6 +7,13 @@ from typing import Any
 from serving.web.problems import TYPES
 from serving.web.schemas import Problem
 
+TIMEOUT: dict[str, Any] = {
+    "name": "X-Request-Timeout",
+    "in": "header",
+    "required": False,
+    "description": "Seconds after which nobody waits for the answer any more.",
+    "schema": {"type": "number", "minimum": 0.1},
+}
 FILES: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -22,15 +29,7 @@ FILES: dict[str, Any] = {
             },
         },
     },
-    "parameters": [
-        {
-            "name": "X-Request-Timeout",
-            "in": "header",
-            "required": False,
-            "description": "Seconds after which nobody waits for the answer any more.",
-            "schema": {"type": "number", "minimum": 0.1},
-        }
-    ],
+    "parameters": [TIMEOUT],
 }
 
 

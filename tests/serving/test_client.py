@@ -19,6 +19,15 @@ from bridle.client import AsyncClient, Client, ServiceError
 from bridle.model_folder import BridleModel
 
 
+def test_no_files_have_no_codes_and_ask_nobody() -> None:
+    async def ask() -> list[object]:
+        async with AsyncClient("http://127.0.0.1:9", retries=0) as client:
+            return [*await client.tokenize_many([])]
+
+    with Client("http://127.0.0.1:9", retries=0) as client:
+        assert client.tokenize_many([]) == asyncio.run(ask()) == []
+
+
 def test_both_clients_give_the_librarys_answers(
     server: Server, sounds: list[bytes], audio_model: BridleModel, tmp_path: Path
 ) -> None:

@@ -71,3 +71,6 @@ def test_the_document_names_every_route(client: httpx.Client) -> None:
     for path, methods in document["paths"].items():
         for about in methods.values():
             assert about["description"], path
+            names = {parameter["name"] for parameter in about.get("parameters", [])}
+            assert ("X-Request-Timeout" in names) == ("requestBody" in about), path
+            assert "requestBody" not in about or {"model", "modality"} <= names, path

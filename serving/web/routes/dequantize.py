@@ -21,7 +21,7 @@ from serving.web.answers import ARROW, JSON, NPZ, answer, negotiate, streamed
 from serving.web.formats import PIECE, Clip, Later
 from serving.web.lean import LeanRoute
 from serving.web.npz import read_npz
-from serving.web.openapi import problems
+from serving.web.openapi import TIMEOUT, problems
 from serving.web.problems import ProblemError
 from serving.web.schemas import DequantizeAnswer, DequantizeRequest, Parameters
 from serving.web.scopes import needs
@@ -42,13 +42,14 @@ Codes = npt.NDArray[np.int64]
     response_model=DequantizeAnswer,
     responses=problems(NPZ, ARROW),
     openapi_extra={
+        "parameters": [TIMEOUT],
         "requestBody": {
             "required": True,
             "content": {
                 JSON: {"schema": DequantizeRequest.model_json_schema(ref_template="#/components/schemas/{model}")},
                 NPZ: {"schema": {"type": "string", "format": "binary"}},
             },
-        }
+        },
     },
 )
 @needs("use")
