@@ -102,7 +102,7 @@ class FinetuneRun(PhaseWalk[FinetuneRecipe]):
         train, without = read_labels(self.shards, recipe.labels, recipe.fold_of if recipe.fold and not made else None)
         tested: list[Labelled] = []
         if recipe.fold is not None:
-            folds = made_folds(train, int(made[2]), recipe.fold) if made else [file.group for file in train]
+            folds = made_folds(train, self.shards, int(made[2]), recipe.fold) if made else [f.group for f in train]
             wanted = made[1] if made else recipe.fold
             tested = [file for file, fold in zip(train, folds, strict=True) if fold == wanted]
             train = [file for file, fold in zip(train, folds, strict=True) if fold != wanted]
@@ -225,8 +225,9 @@ class FinetuneRun(PhaseWalk[FinetuneRecipe]):
         log.info("classifier written to %s", target)
 
 
-def made_folds(files: Sequence[Labelled], count: int, asked: str) -> list[str]:
-    """Of each file, its fold from 1 to `count`, as `bridle probe` makes them: each class spread over all folds.
+def made_folds(files: Sequence[Labelled], shards: ShardSet, count: int, asked: str) -> list[str]:
+    """Of each file, its fold from 1 to `count`, as `bridle probe` makes them: each class spread over all folds. Where
+    the shards lie does not count, as they may be moved, but their order.
 
     Raises:
         RecipeError: fewer files than folds.
@@ -235,8 +236,11 @@ def made_folds(files: Sequence[Labelled], count: int, asked: str) -> list[str]:
     targets = torch.zeros(len(files), len(names), dtype=torch.bool)
     for row, file in enumerate(files):
         targets[row, [names.index(label) for label in file.labels]] = True
+    places = [shards.where(file.number) for file in files]
+    order = {shard: number for number, shard in enumerate(dict.fromkeys(shard for shard, _ in places))}
+    groups = [f"{order[shard]:09d}, key {key}" for shard, key in places]
     try:
-        return [str(1 + fold) for fold in folds_of([file.group for file in files], targets, count, 0).tolist()]
+        return [str(1 + fold) for fold in folds_of(groups, targets, count, 0).tolist()]
     except MistakeError:
         raise RecipeError(f"fold '{asked}': found {len(files)} labelled files; ask for fewer folds") from None
 

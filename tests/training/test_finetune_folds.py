@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,9 @@ from launching import ROOT, environment
 from small_models import write_model
 
 from bridle.cli import main
+from bridle.data.shards import open_mixture
+from bridle.evaluation.probe import read_labels
+from bridle.training.finetune_run import made_folds
 
 FOLDS = ["1", "2", "3", "4", "5"]
 SHORT = [
@@ -35,6 +41,28 @@ def write_esc50(root: Path) -> None:
             soundfile.write(root / "audio" / file, sound.astype(np.float32), 16_000)
             lines.append(f"{file},{fold},{number % 2},{name}")
     (root / "meta" / "esc50.csv").write_text("\n".join(lines) + "\n")
+
+
+def made(first: Path, second: Path) -> list[str]:
+    """The fold of each file of two folders, of five that no member names."""
+    shards = open_mixture([([f"{folder}/*.tar"], 1.0) for folder in (first, second)], extensions=["wav"])
+    return made_folds(read_labels(shards, "cls", None)[0], shards, 5, "1/5")
+
+
+def test_a_file_stays_in_its_fold_wherever_its_shards_lie(tmp_path: Path) -> None:
+    for folder in ("1/speech", "2/music"):
+        (tmp_path / folder).mkdir(parents=True)
+        with tarfile.open(tmp_path / folder / "shard-000000.tar", "w") as tar:
+            for i in range(20):
+                for name, content in ((f"{folder[2:]}{i}.wav", b"x"), (f"{folder[2:]}{i}.cls", b"ab"[i % 2 :][:1])):
+                    member = tarfile.TarInfo(name)
+                    member.size = 1
+                    tar.addfile(member, io.BytesIO(content))
+    before = made(tmp_path / "1/speech", tmp_path / "2/music")
+    for folder in ("1/speech", "2/music"):  # speech stands behind music now, if one goes by paths
+        shutil.copytree(tmp_path / folder, tmp_path / "moved" / folder[2:])
+    assert made(tmp_path / "moved/speech", tmp_path / "moved/music") == before
+    assert set(before) == set(FOLDS)
 
 
 @pytest.mark.slow  # five runs are what five folds are
