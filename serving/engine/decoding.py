@@ -7,7 +7,7 @@ import contextlib
 import signal
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from bridle.modalities.clip import ClipError, TooLargeError, UndecodableError
 from bridle.modalities.isolation import clip_error
@@ -34,6 +34,7 @@ from serving.logs import log
 from serving.metrics import Metrics
 from serving.workers.arena import Arena
 
+T = TypeVar("T")
 MAX_PICTURE = 64 * 1024 * 1024
 """Bytes of a picture for people; the only payload that a decoding process may send."""
 LET_GO_SECONDS = 0.25
@@ -70,7 +71,7 @@ class DecodePool:
         self._changed = changed
         self._turns: Turns[AsyncChild] = Turns(share)
         self._workers: set[AsyncChild] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
         self.active = 0
         """Files waiting for a decoder or being decoded at this moment."""
@@ -153,7 +154,8 @@ class DecodePool:
         except (EOFError, ConnectionError):
             assert worker is not None
             settled = True
-            raise await self._replace(worker) from None
+            held, granted = granted, set()  # they are free when the process has ended, whoever waits for that
+            raise await self._replace(worker, held) from None
         finally:
             self.active -= 1
             self._changed()
@@ -170,7 +172,7 @@ class DecodePool:
             worker = await self._turns.take(self._count)
             if not worker.channel.ended:
                 return worker
-            await self._replace(worker)
+            await self._replace(worker, set())
 
     async def _settle(self, worker: AsyncChild, granted: set[int]) -> None:
         """Ends a job that nobody waits for any more; its slots are free only when the process has let go of them."""
@@ -183,7 +185,7 @@ class DecodePool:
                         break
             self._turns.free(worker, self._count)
         except (EOFError, ConnectionError, TimeoutError):
-            await self._replace(worker, patience=0.0)
+            await self._replace(worker, set(), patience=0.0)
         finally:
             self._release(granted)
 
@@ -205,14 +207,11 @@ class DecodePool:
         self._workers.add(worker)
         return worker
 
-    async def _replace(self, worker: AsyncChild, patience: float = 2.0) -> Exception:
-        """What to tell the one whose file the process had; another process starts meanwhile."""
+    async def _replace(self, worker: AsyncChild, granted: set[int], patience: float = 2.0) -> Exception:
+        """What to tell the one whose file the process had; another process starts meanwhile, also where nobody waits
+        for this any more. granted: slots that the process may write to until it has ended."""
         self._workers.discard(worker)
-        code = await worker.end(patience)
-        if not self._closed:
-            self._metrics.worker_restarts.labels("decode", self._name).inc()
-            log("warning", "a decoding process ended; starting another", model=self._name, exit_code=code)
-            self._spawn(self._restart(worker))
+        code = await asyncio.shield(self._spawn(self._end(worker, granted, patience)))
         if code == -signal.SIGALRM:
             seconds = self._begin.seconds
             return TooLargeError(f"decoding took longer than decode_seconds = {seconds:g}; send a smaller file")
@@ -222,6 +221,16 @@ class DecodePool:
         if code is not None and -code in CRASHES:
             return UndecodableError("the decoder crashed on the content; it is corrupt")
         return ProcessEndedError("the decoding process ended; send the request again")
+
+    async def _end(self, worker: AsyncChild, granted: set[int], patience: float) -> int | None:
+        """Ends a process and sees to another; its exit code."""
+        code = await worker.end(patience)
+        self._release(granted)
+        if not self._closed:
+            self._metrics.worker_restarts.labels("decode", self._name).inc()
+            log("warning", "a decoding process ended; starting another", model=self._name, exit_code=code)
+            self._spawn(self._restart(worker))
+        return code
 
     async def _restart(self, ended: AsyncChild) -> None:
         """Another process in the place of one that ended, which counts as its last owner's until then: who has many
@@ -239,10 +248,11 @@ class DecodePool:
                 self._turns.free(worker, self._count)
                 return
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def close(self) -> None:
         """Ends all processes."""
