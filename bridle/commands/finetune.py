@@ -48,12 +48,10 @@ def run(args: argparse.Namespace) -> int:
         return _start(args, args.run, args.fold)
     if args.heldout or args.fold:
         raise RecipeError("--folds: each fold is held out in its turn; leave --heldout and --fold out")
-    runs = [
-        Path(args.run or f"runs/finetune-{Path(args.recipe).stem}") / f"fold-{fold.replace('/', '-of-')}"
-        for fold in args.folds
-    ]
+    above = (args.run or f"runs/finetune-{Path(args.recipe).stem}").rstrip("/")
+    runs = [f"{above}/fold-{fold.replace('/', '-of-')}" for fold in args.folds]
     for fold, folder in zip(args.folds, runs, strict=True):
-        if code := _start(args, str(folder), fold):
+        if code := _start(args, folder, fold):
             return code
     print(_over_folds(runs))
     return 0
@@ -75,13 +73,17 @@ def _start(args: argparse.Namespace, folder: str | None, fold: str | None) -> in
     return start([sys.executable, "-m", "bridle.finetune", *arguments], placement(here, os.environ))
 
 
-def _over_folds(runs: Sequence[Path]) -> str:
+def _over_folds(runs: Sequence[str]) -> str:
     """Each fold's figures, and those of all files together, each scored by the run that did not see it."""
     from bridle.evaluation.classification import figures, joined, read_scores, spelled
+    from bridle.training.remote_run import is_result, on_disk
 
-    scored = [read_scores(run) for run in runs]
+    scored = []
+    for run in runs:
+        with on_disk(run, is_result) as folder:
+            scored.append(read_scores(folder))
     every = joined(scored)
-    rows = [(run.name, one) for run, one in zip(runs, scored, strict=True)] + [("all folds", every)]
+    rows = [(run.rpartition("/")[2], one) for run, one in zip(runs, scored, strict=True)] + [("all folds", every)]
     return "\n".join(
         f"{name}: {len(one.files)} files, "
         + ", ".join(

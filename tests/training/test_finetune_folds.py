@@ -9,10 +9,12 @@ import sys
 import tarfile
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 import soundfile
 from launching import ROOT, environment
+from moto.server import ThreadedMotoServer
 from small_models import write_model
 
 from bridle.cli import main
@@ -99,3 +101,31 @@ def test_each_fold_is_held_out_in_its_turn_and_all_files_are_scored_once(
     assert page.count("Curves of fold-") >= 5 and "<td>bird</td><td>10</td>" in page
     assert "accuracy" in capsys.readouterr().err
     assert main(["compare", str(run), "--with", str(run)]) == 0
+
+
+@pytest.mark.slow  # two runs
+def test_folds_in_a_store_are_told_together_and_leave_nothing_here(tmp_path: Path) -> None:
+    write_esc50(tmp_path / "ESC-50-master")
+    shards, here = tmp_path / "ESC50", tmp_path / "here"
+    here.mkdir()
+    assert main(["shards", "build", "--kind", "esc50", str(tmp_path / "ESC-50-master"), str(shards)]) == 0
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    keys["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+    try:
+        boto3.client(
+            "s3", endpoint_url=keys["AWS_ENDPOINT_URL"], region_name="us-east-1",
+            aws_access_key_id="test", aws_secret_access_key="test",
+        ).create_bucket(Bucket="runs")  # fmt: skip
+        command = [sys.executable, "-m", "bridle.cli", "finetune", str(write_model(tmp_path / "model"))]
+        command += [str(shards / "*.tar"), *SHORT, "--recipe", "esc50", "--run", "s3://runs/folds", "--folds", "1", "2"]
+        done = subprocess.run(
+            command, cwd=here, env=environment(**keys, XDG_CACHE_HOME=str(tmp_path / "cache")), capture_output=True,
+            text=True, timeout=600, check=False,
+        )  # fmt: skip
+    finally:
+        server.stop()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fold-2: 4 files, accuracy" in done.stdout and "all folds: 8 files, accuracy" in done.stdout
+    assert not list(here.iterdir())
