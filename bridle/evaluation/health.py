@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+FOLDS = 4
+"""Parts of the held-out clips, each judged by a fit on the others. A fit on half of 26 films favoured codes that vary
+little: .61 for learned ones and .63 for the projection's, where fits on the 150 training films gave .95 and .80."""
 RIDGE = 1.0
 """Added to the count of each code when a code's mean embedding is fitted."""
 PSEUDO_CLIPS = 4.0
@@ -50,42 +53,46 @@ class Spread:
 class CodeFit:
     """R^2 of embeddings on one-hot codes: how much of what the teacher knows a linear reader finds in the codes.
 
-    Fitted on every other clip and tested on the rest, both ways round, by normal equations: one pass, nothing kept.
+    Fitted on the clips of all folds but one and tested on that one, each in its turn, by normal equations: one pass,
+    nothing kept.
     """
 
     def __init__(self, codebooks: int, size: int, width: int, device: torch.device) -> None:
         self.size, self.columns = size, 1 + codebooks * size
         options: dict[str, Any] = {"dtype": torch.float64, "device": device}
-        self.inner = torch.zeros(2, self.columns, self.columns, **options)
-        self.cross = torch.zeros(2, self.columns, width, **options)
-        self.squares = torch.zeros(2, **options)
+        self.inner = torch.zeros(FOLDS, self.columns, self.columns, **options)
+        self.cross = torch.zeros(FOLDS, self.columns, width, **options)
+        self.squares = torch.zeros(FOLDS, **options)
 
     def add(self, codes: Tensor, embeddings: Tensor, fold: Tensor) -> None:
-        """codes: int64 ``[S, M]``; embeddings: ``[S, D]``; fold: int64 ``[S]``, 0 or 1, the same for all of a clip."""
+        """codes: int64 ``[S, M]``; embeddings: ``[S, D]``; fold: int64 ``[S]`` below `FOLDS`, the same for all of a
+        clip."""
         shift = 1 + self.size * torch.arange(codes.shape[1], device=codes.device)
         design = torch.zeros(len(codes), self.columns, device=codes.device)
         design[:, 0] = 1.0
         design.scatter_(1, codes + shift, 1.0)
-        for half in (0, 1):
-            chosen = design * (fold == half)[:, None]
-            self.inner[half] += chosen.T @ design
-            self.cross[half] += chosen.T @ embeddings.float()
-            self.squares[half] += (embeddings.double().square().sum(1) * (fold == half)).sum()
+        for each in range(FOLDS):
+            chosen, wanted = design[fold == each], embeddings[fold == each]
+            self.inner[each] += chosen.T @ chosen
+            self.cross[each] += chosen.T @ wanted.float()
+            self.squares[each] += wanted.double().square().sum()
 
     def r2(self, all_sum: Sum) -> float | None:
-        """Over all ranks; none where one half has no clips."""
+        """Over all ranks; none where fewer than two folds have clips."""
         inner, cross, squares = (all_sum(part.clone()) for part in (self.inner, self.cross, self.squares))
-        if not inner[:, 0, 0].all():
+        filled = [each for each in range(FOLDS) if inner[each, 0, 0] > 0]
+        if len(filled) < 2:
             return None
         ridge = RIDGE * torch.eye(self.columns, dtype=inner.dtype, device=inner.device)
         ridge[0, 0] = 0.0
         errors, total = 0.0, 0.0
-        for fit, test in ((0, 1), (1, 0)):
-            weights = torch.linalg.solve(inner[fit] + ridge, cross[fit])
+        for test in filled:
+            others, known = inner.sum(0) - inner[test], cross.sum(0) - cross[test]
+            weights = torch.linalg.solve(others + ridge, known)
             errors += float(
                 squares[test] - 2 * (weights * cross[test]).sum() + (weights * (inner[test] @ weights)).sum()
             )
-            mean = cross[fit, 0] / inner[fit, 0, 0]
+            mean = known[0] / others[0, 0]
             total += float(squares[test] - 2 * mean @ cross[test, 0] + inner[test, 0, 0] * mean.square().sum())
         return 1.0 - errors / total if total > 0 else None
 
@@ -93,29 +100,29 @@ class CodeFit:
 class MeanAtPosition:
     """Cosine of embeddings to the mean embedding at their position, which knows nothing of the clip.
 
-    The mean is of every other clip, and the cosine of the rest, both ways round.
+    The mean is of the clips of all folds but one, and the cosine that one's, each in its turn.
     """
 
     def __init__(self, positions: int, width: int, device: torch.device) -> None:
-        self.sums = torch.zeros(2, 2, positions, width, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(2, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(FOLDS, 2, positions, width, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(FOLDS, dtype=torch.float64, device=device)
 
     def add(self, embeddings: Tensor, content: Tensor, fold: Tensor) -> None:
-        """embeddings: ``[B, N, D]``; content: bool ``[B, N]``; fold: int64 ``[B]``."""
+        """embeddings: ``[B, N, D]``; content: bool ``[B, N]``; fold: int64 ``[B]`` below `FOLDS`."""
         directions = functional.normalize(embeddings.double(), dim=-1)
-        for half in (0, 1):
-            weights = (content & (fold == half)[:, None]).unsqueeze(-1)
-            self.sums[half, 0] += (embeddings.double() * weights).sum(0)
-            self.sums[half, 1] += (directions * weights).sum(0)
-            self.counts[half] += weights.sum()
+        for each in range(FOLDS):
+            weights = (content & (fold == each)[:, None]).unsqueeze(-1)
+            self.sums[each, 0] += (embeddings.double() * weights).sum(0)
+            self.sums[each, 1] += (directions * weights).sum(0)
+            self.counts[each] += weights.sum()
 
     def cosine(self, all_sum: Sum) -> float | None:
-        """Over all ranks; none where one half has no clips."""
+        """Over all ranks; none where fewer than two folds have clips."""
         sums, counts = all_sum(self.sums.clone()), all_sum(self.counts.clone())
-        if not counts.all():
+        if int((counts > 0).sum()) < 2:
             return None
-        found = [(functional.normalize(sums[a, 0], dim=-1) * sums[1 - a, 1]).sum() for a in (0, 1)]
-        return float((found[0] + found[1]) / counts.sum())
+        means = functional.normalize(sums[:, 0].sum(0) - sums[:, 0], dim=-1)
+        return float((means * sums[:, 1]).sum() / counts.sum())
 
 
 def position_accuracy(codes: Tensor, content: Tensor, size: int) -> list[float]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bridle.evaluation.health import CodeFit, MeanAtPosition, Spread, participation_ratio, position_accuracy
+from bridle.evaluation.health import FOLDS, CodeFit, MeanAtPosition, Spread, participation_ratio, position_accuracy
 from bridle.modeling.lookup import full_float32
 from bridle.modeling.patches import content_mask
 from bridle.modeling.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ class Codes:
     def add(
         self, values: Tensor, embeddings: Tensor, valid: Tensor | None, latents: Tensor, codes: Tensor, fold: Tensor
     ) -> None:
-        """One batch; codes: int64 ``[b, N, M]``; fold: int64 ``[b]``, the half of the clips that each belongs to."""
+        """One batch; codes: int64 ``[b, N, M]``; fold: int64 ``[b]``, see `folds`."""
         content = _content(codes, valid)
         if self.found is None:
             device, width, positions = values.device, embeddings.shape[-1], embeddings.shape[1]
@@ -61,12 +61,12 @@ class Codes:
         spread, cold_spread, learned, cold, mean = self.found
         with torch.autocast(values.device.type, torch.bfloat16, enabled=self.bf16):
             control = self.control.quantizer.encode(self.control.latents(values, valid))
-        folds = fold[:, None].expand_as(content)[content]
+        fold_of = fold[:, None].expand_as(content)[content]
         spread.add(latents[content])
         cold_spread.add(control.latents[content])
         with full_float32(values.device):  # TF32 would cost R^2 its third digit
-            learned.add(codes[content], embeddings[content], folds)
-            cold.add(control.codes[content], embeddings[content], folds)
+            learned.add(codes[content], embeddings[content], fold_of)
+            cold.add(control.codes[content], embeddings[content], fold_of)
         mean.add(self.target(embeddings), content, fold)
 
     def figures(self, ranks: Ranks) -> Figures:
@@ -84,9 +84,9 @@ class Codes:
         return {name: value for name, value in figures.items() if value is not None}
 
 
-def halves(positions: Sequence[int], device: torch.device) -> Tensor:
-    """int64 ``[b]``: the half of the held-out clips that each belongs to, by its position in the stream."""
-    return torch.tensor([position % 2 for position in positions], device=device)
+def folds(positions: Sequence[int], device: torch.device) -> Tensor:
+    """int64 ``[b]``: the fold of the held-out clips that each belongs to, by its position in the stream."""
+    return torch.tensor([position % FOLDS for position in positions], device=device)
 
 
 def _content(codes: Tensor, valid: Tensor | None) -> Tensor:

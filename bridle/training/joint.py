@@ -18,7 +18,7 @@ from bridle.config import JointPhase, QuantizerSettings
 from bridle.modeling.encoder import Encoder
 from bridle.modeling.tokenizer import Tokenizer
 from bridle.training.engine import SlowStep
-from bridle.training.health import Codes, Figures, Predictions, halves
+from bridle.training.health import Codes, Figures, Predictions, folds
 from bridle.training.phases import EncoderModule, Means, PhaseJob, TokenizerModule
 from bridle.training.ranks import Ranks
 
@@ -172,7 +172,7 @@ class JointPhaseJob(PhaseJob):
         values, *_, valid = inputs
         codes, latents, embeddings = outputs[3:]
         self.predictions.add(codes.clamp(min=0), valid)
-        self.codes.add(values, embeddings, valid, latents, codes, halves(positions, self.device))
+        self.codes.add(values, embeddings, valid, latents, codes, folds(positions, self.device))
 
     def health(self, ranks: Ranks) -> Figures:
         """See `PhaseJob`."""

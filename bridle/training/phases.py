@@ -18,7 +18,7 @@ from bridle.modeling.quantizer import ResidualQuantizer
 from bridle.modeling.target import TargetScale
 from bridle.modeling.tokenizer import Estimator, LearnedTokenizer, Tokenizer
 from bridle.training.engine import SlowStep
-from bridle.training.health import Codes, Figures, Predictions, halves
+from bridle.training.health import Codes, Figures, Predictions, folds
 from bridle.training.ranks import Ranks
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -275,7 +275,7 @@ class TokenizerPhaseJob(PhaseJob):
         """See `PhaseJob`."""
         values, embeddings, valid = inputs
         _, _, codes, latents = outputs
-        self.codes.add(values, embeddings, valid, latents, codes, halves(positions, self.device))
+        self.codes.add(values, embeddings, valid, latents, codes, folds(positions, self.device))
 
     def health(self, ranks: Ranks) -> Figures:
         """See `PhaseJob`."""

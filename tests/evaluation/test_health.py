@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridle.evaluation.health import (
+    FOLDS,
     CodeFit,
     MeanAtPosition,
     Spread,
@@ -38,19 +39,19 @@ def test_participation_ratio_counts_directions() -> None:
         assert participation_ratio(found) == pytest.approx(directions, rel=0.02)
 
 
-def test_r2_is_that_of_a_ridge_regression_fitted_on_the_other_half() -> None:
+def test_r2_is_that_of_a_ridge_regression_fitted_on_the_other_folds() -> None:
     generator = torch.Generator().manual_seed(1)
     codes = torch.randint(0, 5, (600, 2), generator=generator)
     means = torch.randn(2, 5, 7, generator=generator)
     embeddings = means[0, codes[:, 0]] + means[1, codes[:, 1]] + torch.randn(600, 7, generator=generator) + 3.0
-    fold = torch.arange(600) % 2
+    fold = torch.arange(600) % FOLDS
     fit = CodeFit(2, 5, 7, CPU)
     for part in torch.arange(600).split(130):
         fit.add(codes[part], embeddings[part], fold[part])
     design = torch.nn.functional.one_hot(codes, 5).flatten(1).double().numpy()
     y, errors, total = embeddings.double().numpy(), 0.0, 0.0
-    for half in (0, 1):
-        train, test = (fold == half).numpy(), (fold != half).numpy()
+    for each in range(FOLDS):
+        train, test = (fold != each).numpy(), (fold == each).numpy()
         centred, mean = design[train] - design[train].mean(0), y[train].mean(0)
         penalised = np.concatenate([centred, np.eye(10)])  # ridge of 1 as ten more rows
         weights = np.linalg.lstsq(penalised, np.concatenate([y[train] - mean, np.zeros((10, 7))]), rcond=None)[0]
@@ -62,22 +63,36 @@ def test_r2_is_that_of_a_ridge_regression_fitted_on_the_other_half() -> None:
 
 def test_r2_of_codes_that_say_nothing_is_none() -> None:
     generator = torch.Generator().manual_seed(2)
-    embeddings, fold = torch.randn(2000, 4, generator=generator), torch.arange(2000) % 2
+    embeddings, fold = torch.randn(2000, 4, generator=generator), torch.arange(2000) % FOLDS
     said, silent = CodeFit(1, 8, 4, CPU), CodeFit(1, 8, 4, CPU)
     said.add((embeddings[:, :1] > 0).long(), embeddings, fold)
     silent.add(torch.randint(0, 8, (2000, 1), generator=generator), embeddings, fold)
     assert said.r2(alone) > 0.1
     assert abs(silent.r2(alone)) < 0.02
-    half = CodeFit(1, 8, 4, CPU)
-    half.add(torch.zeros(5, 1, dtype=torch.int64), embeddings[:5], torch.zeros(5, dtype=torch.int64))
-    assert half.r2(alone) is None
+    one_fold = CodeFit(1, 8, 4, CPU)
+    one_fold.add(torch.zeros(5, 1, dtype=torch.int64), embeddings[:5], torch.zeros(5, dtype=torch.int64))
+    assert one_fold.r2(alone) is None
+
+
+def test_two_folds_of_clips_are_enough_and_empty_ones_change_nothing() -> None:
+    generator = torch.Generator().manual_seed(5)
+    codes, embeddings = torch.randint(0, 8, (200, 1), generator=generator), torch.randn(200, 4, generator=generator)
+    content = torch.ones(200, 1, dtype=torch.bool)
+    found = []
+    for fold in (torch.arange(200) % 2, 1 + 2 * (torch.arange(200) % 2)):
+        fit, mean = CodeFit(1, 8, 4, CPU), MeanAtPosition(1, 4, CPU)
+        fit.add(codes, embeddings, fold)
+        mean.add(embeddings[:, None], content, fold)
+        found.append((fit.r2(alone), mean.cosine(alone)))
+    assert None not in found[0]
+    assert found[0] == pytest.approx(found[1])
 
 
 def test_ranks_add_up_to_what_one_process_finds() -> None:
     generator = torch.Generator().manual_seed(3)
     codes, embeddings = torch.randint(0, 4, (40, 6, 2), generator=generator), torch.randn(40, 6, 5, generator=generator)
     content = torch.rand(40, 6, generator=generator) < 0.8
-    fold = torch.arange(40) % 2
+    fold = torch.arange(40) % FOLDS
 
     def built(clips: torch.Tensor) -> tuple[Spread, CodeFit, MeanAtPosition]:
         spread, fit, mean = Spread(5, CPU), CodeFit(2, 4, 5, CPU), MeanAtPosition(6, 5, CPU)
@@ -103,7 +118,7 @@ def test_ranks_add_up_to_what_one_process_finds() -> None:
 def test_the_mean_at_a_position_is_found_where_embeddings_are_all_position() -> None:
     generator = torch.Generator().manual_seed(4)
     places = torch.randn(9, 32, generator=generator)
-    content, fold = torch.ones(50, 9, dtype=torch.bool), torch.arange(50) % 2
+    content, fold = torch.ones(50, 9, dtype=torch.bool), torch.arange(50) % FOLDS
     for noise, low, high in ((0.0, 0.999, 1.001), (100.0, -0.1, 0.1)):
         mean = MeanAtPosition(9, 32, CPU)
         mean.add(places + noise * torch.randn(50, 9, 32, generator=generator), content, fold)

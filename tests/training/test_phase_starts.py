@@ -10,7 +10,7 @@ import yaml
 from launching import TINY, pretrain, rows
 
 from bridle.data.shards import open_shards
-from bridle.evaluation.health import CodeFit
+from bridle.evaluation.health import FOLDS, CodeFit
 from bridle.model_folder import load, stacked
 from bridle.modeling.quantizer import normalize
 from bridle.training.checkpoints import read_tensors
@@ -98,7 +98,7 @@ def test_held_out_figures_are_of_whole_clips_as_they_are(run):
     for name, found in (("r2", codes), ("r2_cold_start", cold_codes)):
         fit = CodeFit(2, 16, teacher.shape[-1], torch.device("cpu"))
         for i, part in enumerate(content):
-            fit.add(found[i, part], teacher[i, part], torch.full((valid[i],), i % 2))
+            fit.add(found[i, part], teacher[i, part], torch.full((valid[i],), i % FOLDS))
         assert row[name] == pytest.approx(fit.r2(lambda sums: sums), abs=1e-3)
     for name, tokenizer in (("participation_ratio", model), ("participation_ratio_cold_start", cold)):
         latents = normalize(tokenizer.latents(values, valid))
