@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bridle.commands import shard_stats
+from bridle.commands.local_path import local_path
 from bridle.data import index
 from bridle.data.build import Built, build
 from bridle.data.cache import ShardCache
@@ -33,14 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="build|index|check|stats")
     making = actions.add_parser("build", help="pack a data set into tar shards")
     making.add_argument("--kind", required=True, choices=sorted(IMPORTERS), help="layout of SRC (see docs/data.md)")
-    making.add_argument("src", type=Path, help="folder of the data set")
-    making.add_argument("dst", type=Path, help="folder for the shards; a second run goes on where the first stopped")
+    making.add_argument("src", type=local_path, help="folder of the data set")
+    making.add_argument("dst", type=local_path, help="folder for the shards; a second run goes on from the first")
     making.add_argument("--shard-size", type=_positive(float), default=256.0, metavar="MB", help="10^6 bytes (256)")
     making.add_argument(
         "--samples-per-shard", type=_positive(int), metavar="N", help="close a shard after N samples too"
     )
     making.add_argument(
-        "--table", type=Path, metavar="FILE", help="audioset, kinetics: the CSV; imagefolder: labels of a flat folder"
+        "--table",
+        type=local_path,
+        metavar="FILE",
+        help="audioset, kinetics: the CSV; imagefolder: labels of a flat folder",
     )
     making.add_argument("--split", metavar="NAME", help="imagefolder, kinetics: train, val or test")
     making.add_argument(

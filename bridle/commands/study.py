@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridle.commands.local_path import local_path
 from bridle.commands.probe import folds_number, whole_number, with_progress
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--share", metavar="X", type=_share, default=0.1, help="of the recipe's steps; 1: all of them (default: 0.1)"
     )
     parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", default=[], help="further settings of the recipe")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/vq-vs-rq"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=local_path, default=Path("runs/vq-vs-rq"), help="(default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

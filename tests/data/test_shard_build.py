@@ -252,7 +252,12 @@ def test_index_command_writes_hashes(tree: Tree, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["build", "--kind", "folders", "a", "b"], ["check"], ["build", "--kind", "folder", "a", "b", "--shard-size", "0"]],
+    [
+        ["build", "--kind", "folders", "a", "b"],
+        ["check"],
+        ["build", "--kind", "folder", "a", "b", "--shard-size", "0"],
+        ["build", "--kind", "folder", "a", "s3://bucket/b"],
+    ],
 )
 def test_wrong_arguments_exit_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
