@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray of two CPUs on this machine, whose workers see what this process sees."""
     os.environ["RAY_DISABLE_IMPORT_WARNING"] = "1"
+    os.environ["RAY_worker_niceness"] = "0"  # actors that give way to all others take minutes on a busy machine
     path = os.pathsep.join(
         filter(None, [str(Path(bridle.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(":")])
     )

@@ -55,11 +55,11 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_killed_between_checkpoints_equals_an_undisturbed_one_to_the_last_digit(
     undisturbed: Path, model: Path, tmp_path: Path
 ) -> None:
-    run, halt = tmp_path / "run", Halt("row 3", tmp_path / "halt")  # of step 6, whose checkpoint is not yet written
+    run, halt = tmp_path / "run", Halt("row 3", tmp_path / "halt")  # of step 6, whose checkpoint comes later
     with Path(f"{run}.log").open("w") as output:
         words, variables = halt.put_in(finetune_command(run, model), environment())
         process = WarmProcess(words, env=variables, cwd=ROOT, stdout=output, stderr=output)
-    wait_for(halt.reached, process, run)
+    wait_for(lambda: halt.reached() and list(run.glob("checkpoints/*/step-00000003")), process, run)
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=300) == -signal.SIGKILL
     told = finetune(run, model).stdout
