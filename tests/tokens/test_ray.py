@@ -27,11 +27,11 @@ pytestmark = pytest.mark.slow
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray of two CPUs on this machine, whose workers see what this process sees."""
     os.environ["RAY_DISABLE_IMPORT_WARNING"] = "1"
-    os.environ["RAY_worker_niceness"] = "0"  # actors that give way to all others take minutes on a busy machine
     path = os.pathsep.join(
         filter(None, [str(Path(bridle.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(":")])
     )
     ray.init(
+        _system_config={"worker_niceness": 0},  # actors that give way to all others take minutes on a busy machine
         num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}},
     )  # fmt: skip
