@@ -32,6 +32,10 @@ class RecipeError(MistakeError):
     """A recipe or an override that cannot be honoured; the message says where, what and what to do."""
 
 
+class OneRankError(RecipeError):
+    """What a rank may meet alone, of its own place: each tells it, not just the first of a machine."""
+
+
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 

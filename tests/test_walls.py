@@ -35,6 +35,7 @@ BELOW = {
     "files": set(),
     "home": {"settings"},
     "cores": set(),
+    "gpus": {"settings"},
     "ports": set(),
     "recipes": set(),
     "processes": set(),
@@ -86,6 +87,7 @@ BELOW = {
     },
     "training": {
         "model",
+        "gpus",
         "ports",
         "recipe_files",
         "processes",

@@ -15,5 +15,5 @@ def local_path(text: str) -> Path:
         ArgumentTypeError: it is a URL.
     """
     if is_url(text):
-        raise argparse.ArgumentTypeError(f"{text} is a URL, expected a path on this machine; copy it there afterwards")
+        raise argparse.ArgumentTypeError(f"{text} is a URL, expected a path on this machine")
     return Path(text)

@@ -180,7 +180,7 @@ def _report(
         row_name,
         same_files,
         usage_rows,
-    )  # fmt: skip
+    )
     from bridle.evaluation.study_page import as_text, score_table, study_page, usage_table
     from bridle.files import whole_file, write_json
 

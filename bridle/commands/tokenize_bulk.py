@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 from bridle.errors import MistakeError
-from bridle.settings import RecipeError
+from bridle.gpus import device_index
+from bridle.settings import OneRankError, RecipeError
 
 FORMATS = ("parquet", "webdataset", "megatron", "jsonl")
 LAYOUTS = ("interleaved", "delay", "coarse_first", "parallel")
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """Does the job, or with --verify checks it.
 
     Raises:
-        RecipeError: a wrong argument.
+        RecipeError: a wrong argument, or fewer GPUs than ranks of this machine.
         ValueError, OSError: see `bridle.tokens.bulk.prepare` and `Job.run`.
     """
     from bridle.commands.options import load_model
@@ -65,32 +66,28 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and local is not None:
         import torch
 
-        args.device = own_gpu(local, torch.cuda.device_count())
+        if gpus := torch.cuda.device_count():  # without any, `cuda` is refused as it was written
+            args.device = f"cuda:{device_index(local, gpus)}"
     model = load_model(args)
     return _verify(args, model) if args.verify else _tokenize(args, model, rank, world, local or 0)
-
-
-def own_gpu(local: int, gpus: int) -> str:
-    """The GPU of a local rank: its number, round again beyond `gpus`: launchers may show a process but one."""
-    return f"cuda:{local % gpus}" if gpus else "cuda"
 
 
 def ranks() -> tuple[int, int, int | None]:
     """Rank, number of ranks and rank on this machine, of any launcher's environment; one rank without any.
 
     Raises:
-        RecipeError: something else than numbers.
+        OneRankError: something else than numbers.
     """
     for names in _RANKS:
         found = [os.environ.get(name, "") for name in names]
         if not found[0]:
             continue
         if not all(value.isdigit() or not value for value in found):
-            raise RecipeError(f"{', '.join(names)}: found {found}, expected numbers")
+            raise OneRankError(f"{', '.join(names)}: found {found}, expected numbers")
         rank = int(found[0])
         world = int(found[1]) if found[1] else rank + 1
         if not rank < world:
-            raise RecipeError(f"{names[0]}={rank} is not below {names[1]}={world}")
+            raise OneRankError(f"{names[0]}={rank} is not below {names[1]}={world}")
         return rank, world, int(found[2]) if found[2] else None
     return 0, 1, None
 
@@ -123,7 +120,7 @@ def _tokenize(args: argparse.Namespace, model: Any, rank: int, world: int, local
         raise RecipeError("--max-corrupt is a share from 0 to 1, --lease a number of seconds above 0")
     port = args.metrics_port + local if args.metrics_port else 0
     if port > MAX_PORT:
-        raise RecipeError(f"--metrics-port {args.metrics_port}: with local rank {local} port {port}, above {MAX_PORT}")
+        raise OneRankError(f"--metrics-port {args.metrics_port}: with local rank {local} port {port}, above {MAX_PORT}")
     logging.basicConfig(format="bridle tokenize: %(message)s")
     logging.getLogger("bridle").setLevel(logging.INFO)
     prepared = prepare(model, args.inputs, args.out, _settings(args))

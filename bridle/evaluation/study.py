@@ -150,7 +150,7 @@ def labelled_files(
     `counts` files of the sets before it.
 
     Raises:
-        ValueError: not all that were measured are there: other files have labels now.
+        MistakeError: not all that were measured are there: other files have labels now.
     """
     measured, before = set(files), 0
     kept: list[list[Labelled]] = []

@@ -23,8 +23,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from bridle.gpus import device_index
 from bridle.ports import free_port
-from bridle.settings import RecipeError
+from bridle.settings import OneRankError, RecipeError
 from bridle.training.ranks import Ranks
 
 log = logging.getLogger("bridle")
@@ -89,23 +90,6 @@ def join(timeout: float = 600.0, admit: Callable[[], None] = lambda: None) -> Ra
     return Ranks(rank, world, device, control, local=local)
 
 
-def device_index(local: int, visible: int) -> int:
-    """The device of a node's rank `local`, of those that it sees: its own, or the only one, where whoever started the
-    ranks shows each a device of its own (srun --gpus-per-task=1, CUDA_VISIBLE_DEVICES).
-
-    Raises:
-        RecipeError: fewer devices than ranks.
-    """
-    if visible == 1:
-        return 0
-    if local >= visible:
-        raise RecipeError(
-            f"LOCAL_RANK {local} has no device: this process sees {visible} (CUDA_VISIBLE_DEVICES); start as many ranks"
-            " on a node as it has GPUs, or show each rank one GPU of its own"
-        )
-    return local
-
-
 def leave() -> None:
     """Leaves the group."""
     if dist.is_initialized():
@@ -115,7 +99,7 @@ def leave() -> None:
 def _whole(name: str, default: int) -> int:
     text = os.environ.setdefault(name, str(default))
     if not text.isascii() or not text.isdigit():
-        raise RecipeError(f"the environment's {name} is '{text}'; expected a whole number")
+        raise OneRankError(f"the environment's {name} is '{text}'; expected a whole number")
     return int(text)
 
 

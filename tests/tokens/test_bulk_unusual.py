@@ -15,7 +15,6 @@ from test_bulk import READERS, bulk, expected_codes, manifest
 from tokenizers import Tokenizer
 
 from bridle.cli import main
-from bridle.commands.tokenize_bulk import own_gpu
 from bridle.tokens.corpus import Corpus
 
 
@@ -159,10 +158,28 @@ def test_time_marks_stand_where_their_second_begins_though_the_last_step_is_not_
     assert before.tolist() == [math.ceil(second / step - 1e-9) for second in range(16)]
 
 
-def test_a_rank_that_sees_one_gpu_takes_it() -> None:
-    assert [own_gpu(local, 8) for local in (0, 3, 7)] == ["cuda:0", "cuda:3", "cuda:7"]
-    assert [own_gpu(local, 1) for local in (0, 3)] == ["cuda:0", "cuda:0"]
-    assert own_gpu(3, 0) == "cuda"  # which is refused as it was written
+@pytest.mark.parametrize(
+    ("local", "more", "told"),
+    [
+        ("3", ["--device", "cuda"], "LOCAL_RANK 3 has no device: this process sees 2"),
+        ("3", ["--metrics-port", "65534"], "with local rank 3 port 65537, above 65535"),
+        ("x", [], "found ['3', '4', 'x'], expected numbers"),
+    ],
+)
+def test_a_rank_tells_what_the_first_of_its_machine_does_not_meet(
+    local: str,
+    more: list[str],
+    told: str,
+    models: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": local}.items():
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as seen:
+        seen.setattr("torch.cuda.device_count", lambda: 2)
+        assert main(["tokenize", str(models["audio"]), "x.wav", "--out", "codes", *more]) == 2
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

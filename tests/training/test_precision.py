@@ -14,9 +14,10 @@ import torch
 from launching import ROOT, environment, free_port
 from test_no_waiting import job_of
 
+from bridle.gpus import device_index
 from bridle.settings import RecipeError
 from bridle.training.engine import prepare_device, read_ds_config
-from bridle.training.rendezvous import Place, device_index, refuse_shared_gpus
+from bridle.training.rendezvous import Place, refuse_shared_gpus
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
